@@ -765,8 +765,9 @@ def adam(params, grads, state, lr, betas=(0.9, 0.999), eps=1e-8):
     """p -= lr m / (sqrt v + eps); m, v: bias-corrected means of g and g^2 (Kingma & Ba 2015)."""
     step = state["step"] = state.get("step", 0) + 1
     for name, g in grads.items():
-        m, v = state.get(name, (0, 0))
-        m, v = state[name] = m + (1 - betas[0]) * (g - m), v + (1 - betas[1]) * (g * g - v)
+        m, v = state.get("m." + name, 0), state.get("v." + name, 0)
+        m, v = m + (1 - betas[0]) * (g - m), v + (1 - betas[1]) * (g * g - v)
+        state["m." + name], state["v." + name] = m, v
         m, v = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
         params[name] -= lr * m / (xp.sqrt(v) + eps)
 
