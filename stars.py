@@ -28,9 +28,26 @@ arguments, in their order; it changes nothing and is called at most once. `need`
 wanted, "x" for the input and "p" for the parameters; the others are None and cost nothing. dtype
 follows the parameters. Wrong arguments raise ValueError with a sentence that names the argument.
 """
+import argparse
+import collections
+import contextlib
+import ctypes
 import dataclasses
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
 import os
 import re
+import sys
+import tarfile
+import threading
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -71,6 +88,10 @@ def to_host(x):
     """A NumPy array of x, which may live on the GPU."""
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
+def fast(x):
+    """Whether section 12 computes in place of the formulas: float32 on the CPU."""
+    return xp is np and x.dtype == np.float32
+
 def require(condition, sentence):
     """Raise ValueError(sentence) unless condition holds."""
     if not condition:
@@ -89,6 +110,8 @@ def conv2d(x, w, stride=1, need="xp"):
     require(w.ndim == 4 and w.shape[1] == x.shape[3] and w.shape[2] % 2 and w.shape[3] % 2,
             f"conv2d: w must be (K, {x.shape[3]}, odd, odd), has shape {w.shape}")
     require(stride in (1, 2), f"conv2d: stride must be 1 or 2, not {stride!r}")
+    if fast(x):
+        return fast_conv2d(x, w, stride, need)
     (N, H, W, C), (K, _, R, S) = x.shape, w.shape
     P, Q = R // 2, S // 2
     padded = xp.pad(x, ((0, 0), (P, P), (Q, Q), (0, 0)))
@@ -365,6 +388,9 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
 
     Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut.
     """
+    if fast(a) and (isinstance(activation, Neuron) or activation in FAST_SLOPES):
+        return fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude,
+                                    first, shortcut, train, tap, need)
     (y, running, tapped), norm_back = batch_norm(a, gamma, beta, mean, var, train, tap, need)
     y, time_back = repeat_over_time(y, T) if first and T > 1 else identity(y)
     if shortcut is not None:
@@ -716,6 +742,11 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
         gamma, mean, var = (p[f"{layer}.{v}"] for v in ("weight", "running_mean", "running_var"))
         share = gamma.size / channels  # Eq. (8) is a mean over the channels of all layers
         backs = []
+        if fast(a):
+            losses, back = fast_tap(a, gamma, mean, var, targets[layer], weights.bn,
+                                    weights.tar * share, tail)
+            parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
+            return None, back
         if weights.bn:
             loss, back = bn_matching(a, mean, var)
             parts["bn"] = parts["bn"] + loss
@@ -776,6 +807,185 @@ def cosine(step, steps, lr, warm_up=0):
     if step < warm_up:
         return lr * (step + 1) / warm_up
     return 0.5 * lr * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
+
+
+# ---- 7  Data -------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """An expected failure: one sentence that says what and how to mend it."""
+
+Dataset = collections.namedtuple("Dataset", "classes size train test mean std")
+DATASETS = {    # image size, number of images; mean and std of the training pixels in [0, 1]
+    "cifar10": Dataset(10, 32, 50000, 10000, (.4914, .4822, .4465), (.2470, .2435, .2616)),
+    "cifar100": Dataset(100, 32, 50000, 10000, (.5071, .4865, .4409), (.2673, .2564, .2762)),
+    "tiny-imagenet": Dataset(200, 64, 100000, 10000, (.4802, .4481, .3975), (.2770, .2691, .2821)),
+    "shapes": Dataset(10, 32, 10000, 2000, (.5, .5, .5), (.29, .29, .29))}
+DOWNLOADS = {   # URL, MD5, file name, most bytes to accept
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-binary.tar.gz", 180_000_000),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+                 "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary.tar.gz", 180_000_000),
+    "tiny-imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                      "90528d7ca1a48142e341f4ef8d21d0de", "tiny-imagenet-200.zip", 260_000_000)}
+FOLDERS = {     # folder in the archive; what it must hold for the training set, for the test set
+    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{k}.bin" for k in range(1, 6)],
+                ["test_batch.bin"]),
+    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"]),
+    "tiny-imagenet": ("tiny-imagenet-200", ["wnids.txt", "train"], ["val/val_annotations.txt"])}
+
+@contextlib.contextmanager
+def reading(source, mend):
+    """Whatever a damaged file or a server makes a parser raise becomes one sentence about it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        why = " ".join((getattr(error, "strerror", 0) or f"{type(error).__name__} {error}").split())
+        raise UserError(f"{source} cannot be read ({why[:90]}): {mend}") from error
+
+def find_dataset(name, split, data_dir):
+    """Path of a data set's "train" or "test" split; None if absent. UserError: unknown name."""
+    if name == "shapes" or name.endswith(".npz") and os.path.isfile(name):
+        return name
+    if name not in FOLDERS:
+        raise UserError(f"no data set '{name}': use {', '.join(DATASETS)} or an existing FILE.npz")
+    (folder, *parts), archive = FOLDERS[name], os.path.join(data_dir, DOWNLOADS[name][2])
+    if all(os.path.exists(os.path.join(data_dir, folder, p)) for p in parts[split == "test"]):
+        return os.path.join(data_dir, folder)
+    return archive if os.path.isfile(archive) else None
+
+def load_dataset(name, split, data_dir, classes=None):
+    """Images and labels of split "train" or "test": x (N,H,W,3) uint8, y (N,) int64.
+    name: one of DATASETS, or an .npz of x_<split> uint8 (N,32,32,3) or (N,64,64,3) and y_<split>
+    (N,), below classes if given. UserError: absent, damaged, not what it should be."""
+    source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
+    if source is None:
+        raise UserError(f"{name} is not in {data_dir}: put {DOWNLOADS[name][2]} there, packed or "
+                        f"extracted (from {DOWNLOADS[name][0]}), or add --download")
+    if name == "shapes":
+        return draw_shapes(getattr(known, split), seed=split == "test")
+    with reading(source, "delete it and add --download" if known else
+                 f"it should hold uint8 images x_{split} (N,32,32,3) and labels y_{split} (N,)"):
+        if known:
+            x, y = (_load_tiny if known.size == 64 else _load_cifar)(name, split, source)
+            n, size, classes = getattr(known, split), known.size, known.classes
+        else:
+            x, y = read_npz(source, [f"x_{split}", f"y_{split}"], limit=2**31).values()
+            n, size, classes = len(x), 64 if x.shape[1:2] == (64,) else 32, classes or 2**15
+        if x.dtype != np.uint8 or x.shape != (n, size, size, 3) or y.shape != (n,) or n == 0 or (
+                y.dtype.kind not in "iu") or y.min() < 0 or y.max() >= classes:
+            raise ValueError(f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape} of {classes}")
+    return x, y.astype(np.int64)
+
+def _opener(source, folder):
+    """open(name) -> a file of an extracted folder, a .zip or a .tar.gz, without extracting it."""
+    if os.path.isdir(source):
+        return lambda name: open(os.path.join(source, name), "rb")
+    if source.endswith(".zip"):
+        archive = open_zip(source)
+        return lambda name: archive.open(f"{folder}/{name}")
+    with gzip.open(source) as file:
+        whole = file.read(2**28)                        # bounded: no header can ask for more
+    archive, files = tarfile.open(fileobj=io.BytesIO(whole), mode="r:"), {}
+    for member in archive:
+        if member.size < 0 or member.name in files:     # < 0 would send tarfile round in circles
+            raise ValueError(f"{member.name} is there twice or has a negative size")
+        files[member.name] = member
+    return lambda name: archive.extractfile(files[f"{folder}/{name}"])
+
+def _load_cifar(name, split, source):
+    """Records of 1 label byte (CIFAR-100: 2, coarse and fine) and 3 planes of 32x32 bytes."""
+    folder, *parts = FOLDERS[name]
+    head, parts, data = 1 + (name == "cifar100"), parts[split == "test"], b""
+    size = getattr(DATASETS[name], split) // len(parts) * (head + 3072)
+    opened = _opener(source, folder)
+    for k, part in enumerate(parts, 1):
+        with opened(part) as file:
+            data += file.read(size + 1)
+        if len(data) != k * size:
+            raise ValueError(f"{part} does not have {size} bytes")
+    data = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
+    return data[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), data[:, head - 1]
+
+def _load_tiny(name, split, source):
+    """64x64 JPEGs; the classes are the WordNet ids in alphabetical order. Needs pillow."""
+    with reading("JPEG images", "pip install pillow"):
+        from PIL import Image
+    opened = _opener(source, FOLDERS[name][0])
+    with opened("val/val_annotations.txt") as file:
+        files = re.findall(rb"^(val_\d+\.JPEG)\t(n\d{8})\t", file.read(10**6), re.M)
+    files = [(image.decode(), c.decode()) for image, c in files]
+    files, ids = {f"val/images/{k}": c for k, c in files}, sorted({c for _, c in files})
+    if len(ids) != DATASETS[name].classes:
+        raise ValueError(f"val_annotations.txt has {len(ids)} classes")
+    if split == "train":
+        each = range(DATASETS[name].train // len(ids))
+        files = {f"train/{c}/images/{c}_{k}.JPEG": c for c in ids for k in each}
+    x = np.empty((len(files), 64, 64, 3), np.uint8)
+    for k, inner in enumerate(files):
+        with opened(inner) as file:
+            image = Image.open(io.BytesIO(file.read(10**5)), formats=["JPEG"])
+        if image.size != (64, 64):
+            raise ValueError(f"{inner} is not 64x64")
+        x[k] = image.convert("RGB")
+    return x, np.array([ids.index(c) for c in files.values()])
+
+def draw_shapes(n, seed):
+    """n images, x (n,32,32,3) uint8, y (n,) int64 of 10 classes: disc, square, triangle, cross,
+    ring, frame, crescent, bars, star, dots. Place, size, angle, colours and shading are random."""
+    rng = np.random.default_rng([int(seed), 2605])
+    y, grid = rng.integers(0, 10, n), np.arange(32) + .5
+    place, slope = rng.uniform(11, 21, (2, n, 1, 1)), rng.uniform(-.01, .01, (2, n, 1, 1))
+    size, angle = rng.uniform(7, 12, (n, 1, 1)), rng.uniform(-.4, .4, (n, 1, 1))
+    back, figure = rng.uniform(0, 1, (2, n, 1, 1, 3))
+    figure, x = (back + .25 + .5 * figure) % 1, np.empty((n, 32, 32, 3), np.uint8)
+    for start in range(0, n, 100):                      # blocks of a size that stays in cache
+        k = slice(start, start + 100)
+        i, j = grid[:, None] - place[0, k], grid - place[1, k]
+        u = (j * np.cos(angle[k]) + i * np.sin(angle[k])) / size[k]      # right, down: turned,
+        v = (i * np.cos(angle[k]) - j * np.sin(angle[k])) / size[k]      # in units of the size
+        r, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
+        outside = np.choose(y[k, None, None], [         # about the distance to a unit outline
+            r - .9, box - .8, np.maximum(.87 * abs(u) - .5 * v - .45, v - .6),
+            np.maximum(np.minimum(abs(u), abs(v)) - .25, box - .95), abs(r - .75) - .2,
+            abs(box - .7) - .18, np.maximum(r - .95, .75 - np.hypot(u - .4, v)),
+            np.maximum(abs(abs(v) - .5) - .2, abs(u) - .9),
+            .7 * (r - .6 - .38 * np.cos(5 * np.arctan2(u, -v))),
+            np.hypot(abs(u) - .5, abs(v) - .5) - .33])
+        cover = np.clip(.5 - outside * size[k], 0, 1)[..., None]        # edges one pixel wide
+        image = back[k] + cover * (figure[k] - back[k])
+        image += (slope[0, k] * i + slope[1, k] * j)[..., None] + rng.normal(0, .05, image.shape)
+        x[k] = np.clip(255 * image + .5, 0, 255)
+    return x, y
+
+def download(url, md5, path, limit, progress=None, timeout=5., patience=30.):
+    """Fetches url to path, which appears there only when it is whole and has the right MD5.
+    progress(bytes so far, bytes announced or 0). timeout: seconds to connect; patience: seconds
+    without a byte, or below 1 kB/s. UserError: no answer, slow, cut, over limit, other bytes."""
+    mend = f"try again later, or put a good copy at {path} yourself"
+
+    def fetch(file):
+        digest, done, block = hashlib.md5(usedforsecurity=False), 0, b"-"
+        until = time.monotonic() + timeout + patience
+        with reading(url, mend):
+            answer = urllib.request.urlopen(url, timeout=timeout)
+            total = int(answer.headers.get("Content-Length", 0))
+            with contextlib.suppress(AttributeError):   # connected: from here on be patient
+                answer.fp.raw._sock.settimeout(patience)
+        with answer:
+            while block and max(done, total) <= limit and time.monotonic() < until + done / 1e3:
+                with reading(url, mend):
+                    block = answer.read1(1 << 16)
+                digest.update(block)
+                file.write(block)
+                done += len(block)
+                if progress:
+                    progress(done, total)
+        if digest.hexdigest() != md5:
+            raise UserError(f"{url} gave {done} of {total or 'unknown'} bytes (limit {limit}) with "
+                            f"MD5 {digest.hexdigest()}, which should be {md5}: {mend}")
+    write_atomic(path, fetch)
 
 
 # ---- 8  Weights and files ------------------------------------------------------------------------
@@ -844,3 +1054,1166 @@ def init_weights(shapes, rng, dtype=np.float32):
             return rng.normal(0, (2 / fan_in) ** 0.5, shape)
         return rng.uniform(-fan_in ** -0.5, fan_in ** -0.5, shape)
     return {name: xp.asarray(draw(name, shape).astype(dtype)) for name, shape in shapes.items()}
+
+def write_atomic(path, content):
+    """Writes bytes, or what content(file) writes: all of it or nothing. UserError: disk full ..."""
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}-{os.urandom(4).hex()}.tmp")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another "
+                        "folder") from error
+    finally:
+        with contextlib.suppress(OSError):              # it is there only if something failed
+            os.unlink(temporary)
+
+def to_json(value):
+    """JSON text of value, keys sorted; NumPy and CuPy scalars and arrays become numbers, lists."""
+    return json.dumps(value, sort_keys=True, allow_nan=False, default=lambda array: array.tolist())
+
+def check_shipped(path):
+    """SHA-256 of a file; UserError unless the SHA256SUMS beside it lists it with that."""
+    path = pathlib.Path(path)
+    with reading(path, "take it and SHA256SUMS from the repository again"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines = path.with_name("SHA256SUMS").read_text().splitlines()
+        if dict(line.split()[::-1] for line in lines).get(path.name) != digest:
+            raise ValueError("its SHA-256 is not the one in SHA256SUMS")
+    return digest
+
+def rounded(params):
+    """params as files hold them, on the host: float16 from two axes on, float32 below."""
+    stored = {}
+    for name, array in params.items():
+        array = np.array(array.get() if hasattr(array, "get") else array, np.float32, order="C")
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} is not finite and was not saved: lower the learning rate")
+        half = array.ndim > 1 and abs(array).max(initial=0) < 65504
+        stored[name] = array.astype(np.float16) if half else array
+    return stored
+
+def save_weights(path, params, info):
+    """Writes params (name -> array), rounded, and info (a dict for JSON) to one .npz, no pickle.
+    Same content, same bytes: sorted; savez dates all 1980. UserError: disk full, not finite."""
+    arrays = sorted((rounded(params) | {"info": np.array(to_json(info))}).items())
+    write_atomic(path, lambda file: np.savez(file, **dict(arrays)))
+
+def open_zip(path):
+    """A zip without double names, nor bzip2 or lzma, which Python expands without bound."""
+    archive = zipfile.ZipFile(path)
+    packed = {entry.filename: entry.compress_type for entry in archive.infolist()}
+    if len(packed) < len(archive.infolist()) or set(packed.values()) - {0, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it has an entry twice, or one neither stored nor deflated")
+    return archive
+
+def read_npz(path, names=None, limit=2**30):
+    """The arrays of an .npz, or those in names: numbers, but text for 'info'; read-only.
+    No pickle; nothing is read before its sizes agree and stay below limit bytes. Else UserError."""
+    arrays, formats = {}, np.lib.format
+    mend = "it should be an .npz of plain arrays (for PyTorch checkpoints see the README)"
+    with reading(path, mend), open_zip(path) as archive:
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        entries = {name: entries[name] for name in names or entries}
+        if sum(entry.file_size for entry in entries.values()) > limit:
+            raise ValueError(f"it expands to more than {limit >> 20} MiB")
+        for name, entry in entries.items():
+            with archive.open(entry) as file:
+                version = formats.read_magic(file)      # 2 and 3 are for structured arrays
+                shape, fortran, dtype = formats.read_array_header_1_0(file)
+                size = math.prod(shape) * dtype.itemsize
+                if (version != (1, 0) or dtype.kind not in ("U" if name == "info" else "fiub") or
+                        min(shape, default=0) < 0 or size != entry.file_size - file.tell()):
+                    raise ValueError(f"{name} is {dtype} {shape} in {entry.file_size} bytes")
+                array = np.frombuffer(file.read(), dtype)
+                arrays[name] = array.reshape(shape, order="F" if fortran else "C")
+    return arrays
+
+def load_weights(path, arch=None, classes=None):
+    """Reads a network: params (our name -> float32 array) and info (arch, classes, ...).
+    path: an .npz, ours or from a public checkpoint, or a .safetensors. UserError: not readable, not
+    finite, no arch in the file nor given, a given one that disagrees. Then call check_weights."""
+    if os.fspath(path).endswith(".safetensors"):
+        with reading(path, "write it again, or pip install safetensors"):
+            from safetensors import safe_open
+            with safe_open(path, "np") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}
+                text = (file.metadata() or {}).get("info", "{}")
+    else:
+        text = str((weights := read_npz(path)).pop("info", "{}"))
+    with reading(path, "its entry 'info' should be a JSON object"):
+        info, params = dict(json.loads(text)), {}
+    for name, array in public_names(weights, path).items():
+        with np.errstate(over="ignore"):
+            params[name] = array = np.asarray(array, np.float32)
+        if not np.isfinite(array).all() or "running_var" in name and array.min(initial=0) < 0:
+            raise UserError(f"{path}: {name} is not finite or a negative variance; export it again")
+    rows = np.shape(params.get("linear.weight", params.get("classifier.weight", 0)))
+    for key, value in ("classes", rows[0] if rows else None), ("classes", classes), ("arch", arch):
+        if value is not None and info.setdefault(key, value) != value:
+            raise UserError(f"{path} has {key} {info[key]}, not {value}: leave that flag out, or "
+                            "take another file")
+    if not isinstance(info.get("arch"), str):
+        raise UserError(f"{path} does not say what network it is: add --arch, say --arch resnet20")
+    return params, info
+
+def public_names(weights, path="the file"):
+    """Our names for those of public checkpoints; VGG's conv biases go into the BN's running mean.
+    Off go num_batches_tracked, and the prefixes state_dict., model., module. where every name has
+    them; in ResNets fc is linear, downsample is shortcut. UserError: two names become one."""
+    params, old = {}, weights.items()
+    weights = {n: a for n, a in old if not n.endswith("num_batches_tracked")}
+    while {n.split(".")[0] for n in weights} in ({"state_dict"}, {"model"}, {"module"}):
+        weights = {n.partition(".")[2]: a for n, a in weights.items()}
+    for name, array in weights.items():
+        if any(n.startswith("layer1.") for n in weights):       # a ResNet
+            name = re.sub(r"^fc\.", "linear.", name).replace(".downsample.", ".shortcut.")
+        if name in params:
+            raise UserError(f"{path} has {name} under two names: remove one")
+        params[name] = array
+    for name in [n for n in params if re.fullmatch(r"features\.\d{1,4}\.bias", n)]:
+        conv, mean = name[:-4] + "weight", f"features.{int(name[9:-5]) + 1}.running_mean"
+        if np.ndim(params.get(conv)) == 4 and np.shape(params.get(mean)) == params[name].shape:
+            params[mean] = np.subtract(params[mean], params.pop(name), dtype=np.float64)
+    return params
+
+def check_weights(params, expected, path="the file"):
+    """params in the order of expected (name -> shape); UserError lists all that does not fit."""
+    wrong = [f"no {n}" for n in expected if n not in params] + [
+        f"{n} {a.shape}, not {tuple(expected[n])}" if n in expected else f"unknown {n}"
+        for n, a in params.items() if n not in expected or a.shape != tuple(expected[n])]
+    if wrong:
+        wrong[8:] = [f"{len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise UserError(f"{path} does not fit ({'; '.join(wrong)}): check --arch and the data set")
+    return {name: params[name] for name in expected}
+
+
+# ---- 9  Procedures -------------------------------------------------------------------------------
+
+def flag(default, help, commands="dteb", choices=None, metavar=None):
+    """A field of Config, and a flag of the commands that begin with the letters in commands."""
+    metadata = dict(help=help, commands=commands, choices=choices, metavar=metavar)
+    return dataclasses.field(default=default, metadata=metadata)
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The flags are made from it, and each run writes it down."""
+    dataset: str = flag("cifar10", f"{', '.join(DATASETS)}, or FILE.npz")
+    data_dir: str = flag("data", "folder of the data sets", metavar="DIR")
+    download: bool = flag(False, "fetch the data set where it is missing")
+    device: str = flag("auto", "auto: the GPU if one works", choices=("auto", "cpu", "gpu"))
+    seed: int = flag(0, "seed of everything random")
+    out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>", metavar="DIR")
+    json: bool = flag(False, "end stdout with one JSON object")
+    quiet: bool = flag(False, "no progress")
+    threads: int = flag(0, "worker threads on the CPU; default all cores there are")
+    teacher: str = flag("", "the trained ANN, .npz or .safetensors; default the shipped one", "d",
+                        metavar="FILE")
+    arch: str = flag("", f"of the ANN: {', '.join(ARCHITECTURES)}")
+    student_arch: str = flag("", "of the SNN; default as --arch", "db")
+    mean: str = flag("", "normalisation of the images, as .49,.48,.45, where FILE has none", "de")
+    std: str = flag("", "likewise", "de")
+    T: int = flag(4, "time steps of the SNN", "deb")
+    batch: int = flag(0, "images a step; default by schedule")
+    epochs: int = flag(0, "default by schedule", "dt")
+    schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d", ("auto", "quick", "full"))
+    synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
+    distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
+    warm_up: int = flag(0, "first epochs, which only fill the pool; default by schedule", "d")
+    method: str = flag("stars", "which of Eq. (7), (8) to use; all: a table of the four", "d",
+                       ("bn", "bn+rca", "bn+tar", "stars", "all"))
+    synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
+    init: str = flag("teacher", "where the student starts", "d", ("teacher", "random"))
+    seeds: int = flag(1, "repeat with seed, seed + 1, ...", "d")
+    resume: str = flag("", "continue the run in this folder", "dt", metavar="DIR")
+    w_bn: float = flag(Weights.bn, "weight of Eq. (3)", "d")
+    w_oh: float = flag(Weights.oh, "weight of Eq. (4)", "d")
+    w_bal: float = flag(Weights.bal, "weight of Eq. (5)", "d")
+    w_adv: float = flag(Weights.adv, "weight of Eq. (6)", "d")
+    w_rca: float = flag(Weights.rca, "weight of Eq. (7)", "d")
+    w_tar: float = flag(Weights.tar, "weight of Eq. (8)", "d")
+    w_tv: float = flag(0.0, "weight of the total variation of pixels", "d")
+    tail_law: str = flag(Tail.law, f"target of Eq. (8): {', '.join(TAIL_LAWS)}, or numbers", "d")
+    tail_side: str = flag(Tail.side, "of the target", "d", ("two-sided", "at-least"))
+    tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d")
+    lr: float = flag(0.0, "of the ANN (0.1) or the SNN (0.05 from the teacher, 0.1 random)", "dt")
+    weight_decay: float = flag(5e-4, "of the ANN or the SNN", "dt")
+    lr_generator: float = flag(2e-3, "Adam, of the generator (pixels: times 25)", "d")
+    generator_width: int = flag(64, "channels of the generator", "db")
+    z_dim: int = flag(256, "size of the generator's latents", "db")
+    lam: float = flag(-1.0, "leak; default 1 from the teacher, 0.5 random", "d")
+    reset: str = flag("", "default soft from the teacher, hard random", "d", ("", "hard", "soft"))
+    v_init: float = flag(-1.0, "u_0 / V; default 0.5 from the teacher, 0 random", "d")
+    surrogate: str = flag(Neuron.surrogate, "of Eq. (2)", "d", tuple(SURROGATES))
+    quantile: float = flag(0.99, "of the teacher's activations that becomes V", "d")
+
+SCHEDULES = {  # epochs, of which warm-up; synthesis and distillation steps an epoch; batch
+    "quick": dict(epochs=20, warm_up=4, synthesis_steps=12, distill_steps=30, batch=128),
+    "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
+
+def synthesis_step(weights_of, state, z, labels, augmentation, teacher, student, weights, tail, lr):
+    """One Adam step of a generator on Eq. (9).   -> images before augmentation, parts. In place."""
+    images, images_back = generator(weights_of, z, labels)
+    x, augment_back = augment(images, *augmentation)
+    parts, dx = synthesis_loss(x, teacher, student, weights, labels, tail)
+    adam(weights_of, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
+    return images, parts
+
+def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
+    """One SGD step of a student on Eq. (10), images x in [0, 1].   -> loss. In place."""
+    normal = normalise(x, teacher.mean, teacher.std)[0]
+    t = forward(teacher, normal, need="")[0]
+    s, back = forward(student, normal, train=True, need="p")
+    loss, loss_back = distillation_loss(t.logits, s.logits, tau)
+    sgd(student.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
+    student.params.update(s.running)
+    return loss
+
+def train_step(net, state, x, y, lr, weight_decay):
+    """One SGD step of an ANN on the labels y of images x in [0, 1].   -> loss. In place."""
+    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
+    loss, loss_back = class_prior(out.logits, y)
+    sgd(net.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
+    net.params.update(out.running)
+    return loss
+
+def to_device(x):
+    """uint8 images on the host -> float32 images in [0, 1] on the device."""
+    return xp.asarray(x).astype(np.float32) / 255
+
+def predict(net, x, batch=256, measure=False):
+    """Logits (N, K) on the host for uint8 images x, and the Outputs of all batches."""
+    outputs = [forward(net, normalise(to_device(x[i:i + batch]), net.mean, net.std)[0], need="",
+                       measure=measure)[0] for i in range(0, len(x), batch)]
+    return np.concatenate([to_host(out.logits) for out in outputs]), outputs
+
+def evaluate(net, x, y, batch=256):
+    """What `eval` reports: accuracy, and for a spiking net its firing rates and Eq. (11).
+
+    x (N, H, W, 3) uint8, y (N,) on the host. The rates are means over all images.
+    """
+    spiking = isinstance(net.activation, Neuron)
+    logits, outputs = predict(net, x, batch, measure=True)
+    share = np.array([len(out.logits) for out in outputs]) / len(x)
+    rates = {k: float(sum(w * out.rates[k] for w, out in zip(share, outputs)))
+             for k in outputs[0].rates}
+    joules = sum(w * np.array(energy(out.costs, net.T)) for w, out in zip(share, outputs))
+    return dict(accuracy=float((logits.argmax(1) == y).mean()), n=len(x),
+                firing_rate=float(np.mean(list(rates.values()))) if spiking else None,
+                firing_rates=rates, energy_uj=float(joules[0] * 1e6) if spiking else None,
+                ann_energy_uj=float(joules[1] * 1e6))
+
+def calibrate(teacher, x, quantile):
+    """{<layer>.v_th and .amplitude: quantile of the layer's positive activations} on images x."""
+    layers, seen = [k for k in batch_norms(teacher.params) if "shortcut" not in k], []
+
+    def record(a):
+        seen.append(float(np.quantile(to_host(a).ravel()[::7], quantile)))
+        return relu(a)
+    normal = normalise(x, teacher.mean, teacher.std)[0]
+    forward(teacher._replace(activation=record), normal, need="")
+    return {f"{layer}.{part}": np.float32(max(v, 1e-3))
+            for layer, v in zip(layers, seen) for part in ("v_th", "amplitude")}
+
+def total_variation(x):
+    """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
+    down, right = x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
+    def back(dloss=1.0):
+        dx, scale = xp.zeros_like(x), 2 * dloss / x.size
+        for gap, low, high in ((down, dx[:, :-1], dx[:, 1:]), (right, dx[:, :, :-1], dx[:, :, 1:])):
+            low -= scale * gap
+            high += scale * gap
+        return dx
+    return ((down ** 2).sum() + (right ** 2).sum()) / x.size, back
+
+def synthesise(c, net, state, rng, teacher, student, weights, size, classes):
+    """One epoch of synthesis.   Yields (images float32 on the device, parts of Eq. (9)).
+
+    generator: a batch from each of synthesis_steps steps. pixels: one batch, x = sigmoid(v), after
+    synthesis_steps steps on v.
+    """
+    tail = Tail(c.tail_law, side=c.tail_side)
+    if c.synthesis == "pixels":
+        v, adam_state = {"v": xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)}, {}
+    for step in range(c.synthesis_steps):
+        augmentation = draw_augmentation(rng, c.batch)
+        if c.synthesis == "generator":
+            z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
+            yield synthesis_step(net, state, z, None, augmentation, teacher, student, weights, tail,
+                                 c.lr_generator)
+            continue
+        images, images_back = sigmoid(v["v"])
+        x, augment_back = augment(images, *augmentation)
+        parts, dx = synthesis_loss(x, teacher, student, weights, None, tail)
+        smooth, smooth_back = total_variation(images)
+        dv = images_back(augment_back(dx) + smooth_back(c.w_tv))
+        adam(v, {"v": dv}, adam_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
+        if step == c.synthesis_steps - 1:
+            yield sigmoid(v["v"])[0], parts | {"tv": smooth}
+
+def first_student(c, rng, teacher, arch, classes, images):
+    """The student before its first step: Net with random weights, or the teacher's where they fit."""
+    neuron = Neuron(c.lam, c.reset, c.v_init, c.surrogate)
+    params = init_weights(weight_shapes(arch, classes), rng)
+    if c.init == "teacher":
+        params |= {k: v.copy() for k, v in teacher.params.items()
+                   if k in params and v.shape == params[k].shape}
+        thresholds = calibrate(teacher, to_device(images), c.quantile)
+        params |= {k: v for k, v in thresholds.items() if k.rpartition(".")[0] + ".weight" in params}
+    return teacher._replace(params=params, activation=neuron, T=c.T)
+
+def distil(c, teacher, arch, folder, say):
+    """Run STARS: teacher Net -> student Net, agreement on held-out synthetic images, images seen.
+
+    folder: of the run; goes on from the checkpoint there. say(epoch, numbers): progress.
+    """
+    size, classes = 64 if c.dataset == "tiny-imagenet" else 32, _classes(teacher.params)
+    rng = np.random.default_rng(c.seed)
+    net = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng)
+    weights = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * ("rca" in c.method or
+                      c.method == "stars"), c.w_tar * ("tar" in c.method or c.method == "stars"))
+    groups, start, student = {"generator": net, "adam": {}, "student": {}, "sgd": {}}, 0, None
+    checkpoint, pool_path = os.path.join(folder, "checkpoint.npz"), os.path.join(folder, "pool.bin")
+    if os.path.exists(checkpoint):
+        start = load_checkpoint(checkpoint, groups, rng)
+        if groups["student"]:
+            student = teacher._replace(params=groups["student"], T=c.T,
+                                       activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
+    batches, held = (1 if c.synthesis == "pixels" else c.synthesis_steps), max(1, c.batch // 16)
+    image, seen = size * size * 3, max(0, start - c.warm_up) * c.distill_steps * c.batch
+    with open(pool_path, "r+b" if start else "w+b") as file:
+        file.truncate(start * batches * c.batch * image)
+    for epoch in range(start, c.epochs):
+        warm = epoch < c.warm_up
+        sums, began = {}, time.monotonic()
+        now = dataclasses.replace(weights, adv=0.0, rca=0.0) if warm else weights
+        with open(pool_path, "ab") as file:
+            for x, parts in synthesise(c, net, groups["adam"], rng, teacher, student, now, size, classes):
+                file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
+                sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
+        numbers = {k: float(v) / (1 if c.synthesis == "pixels" else c.synthesis_steps)
+                   for k, v in sums.items()}
+        pool = np.memmap(pool_path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
+        if epoch == c.warm_up - 1 or student is None and not warm:
+            student = first_student(c, rng, teacher, arch, classes, pool[-1])
+            groups["student"] = student.params
+        loss = 0.0
+        for step in range(0 if warm else c.distill_steps):
+            row, column = rng.integers(len(pool), size=c.batch), rng.integers(held, c.batch, c.batch)
+            x, _ = augment(to_device(pool[row, column]), *draw_augmentation(rng, c.batch))
+            lr = cosine((epoch - c.warm_up) * c.distill_steps + step,
+                        (c.epochs - c.warm_up) * c.distill_steps, c.lr, warm_up=10)
+            loss = loss + distillation_step(student, groups["sgd"], x, teacher, c.tau_kd, lr,
+                                            c.weight_decay)
+            seen += c.batch
+        if not warm:
+            numbers["kd"] = float(loss) / c.distill_steps
+            numbers["agreement"] = agreement(teacher, student, pool[-16:, :held].reshape(-1, size, size, 3))
+        for name, value in numbers.items():
+            if not np.isfinite(value):
+                raise UserError(f"{name} became {value} in epoch {epoch + 1}: take a smaller --lr, "
+                                f"or go back with --resume {folder}")
+        numbers |= dict(images_seen=seen, seconds=time.monotonic() - began)
+        save_checkpoint(checkpoint, groups, rng, epoch + 1)
+        say(epoch + 1, numbers)
+    every = pool[:, :held].reshape(-1, size, size, 3)
+    return student, agreement(teacher, student, every[-2048:]), pool
+
+def agreement(teacher, student, x):
+    """Share of images x on which the student's class is the teacher's."""
+    return float((predict(teacher, x)[0].argmax(1) == predict(student, x)[0].argmax(1)).mean())
+
+def save_checkpoint(path, groups, rng, epoch):
+    """Everything that the next epochs depend on, but for the pool: atomically, exactly."""
+    arrays = {f"{group}/{k}": to_host(v) for group, values in groups.items() for k, v in values.items()}
+    info = to_json(dict(epoch=epoch, rng=rng.bit_generator.state))
+    write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
+
+def load_checkpoint(path, groups, rng):
+    """Fill groups and rng in place.   -> the number of epochs done."""
+    arrays = read_npz(path, limit=2 ** 34)
+    info = json.loads(str(arrays.pop("info")))
+    for k, v in arrays.items():
+        group, _, name = k.partition("/")
+        groups[group][name] = xp.array(v) if v.ndim else v.item()
+    rng.bit_generator.state = info["rng"]
+    return info["epoch"]
+
+def train(c, net, x, y, folder, say):
+    """Train an ANN on uint8 images x (N, H, W, 3) and labels y (N,): SGD, cosine, crop and flip."""
+    rng, state = np.random.default_rng(c.seed + 1), {}
+    checkpoint, start = os.path.join(folder, "checkpoint.npz"), 0
+    if os.path.exists(checkpoint):
+        start = load_checkpoint(checkpoint, {"net": net.params, "sgd": state}, rng)
+    steps = len(x) // c.batch
+    for epoch in range(start, c.epochs):
+        order, loss, began = rng.permutation(len(x)), 0.0, time.monotonic()
+        for step in range(steps):
+            i = order[step * c.batch:(step + 1) * c.batch]
+            images, _ = augment(to_device(x[i]), *draw_augmentation(rng, c.batch))
+            lr = cosine(epoch * steps + step, c.epochs * steps, c.lr, warm_up=min(steps, 400))
+            loss = loss + train_step(net, state, images, y[i], lr, c.weight_decay)
+        if not np.isfinite(float(loss)):
+            raise UserError(f"the loss became {float(loss)} in epoch {epoch + 1}: take a smaller --lr")
+        save_checkpoint(checkpoint, {"net": net.params, "sgd": state}, rng, epoch + 1)
+        say(epoch + 1, dict(loss=float(loss) / steps, images_seen=(epoch + 1) * steps * c.batch,
+                            seconds=time.monotonic() - began))
+
+
+# ---- 10  Reports ---------------------------------------------------------------------------------
+
+def draw_grid(path, images, columns=16):
+    """A PNG of uint8 images (N, H, W, 3), three times their size. Needs matplotlib; else nothing."""
+    with contextlib.suppress(ImportError):
+        import matplotlib.image
+        images = images[:len(images) // columns * columns]
+        n, h, w, _ = images.shape
+        grid = images.reshape(-1, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+        grid = grid.reshape(n // columns * h, columns * w, 3).repeat(3, 0).repeat(3, 1)
+        write_atomic(path, lambda file: matplotlib.image.imsave(file, grid, format="png"))
+
+def draw_curves(path, rows):
+    """A PNG of what metrics.jsonl holds, a panel for each quantity. Needs matplotlib; else nothing."""
+    with contextlib.suppress(ImportError):
+        from matplotlib.figure import Figure
+        names = [k for k in rows[-1] if k not in ("epoch", "seconds", "images_seen")]
+        figure = Figure(figsize=(12, 2.2 * -(-len(names) // 4)), layout="constrained")
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(-(-len(names) // 4), 4, i + 1, title=name, xlabel="epoch")
+            axes.plot([row["epoch"] for row in rows if name in row],
+                      [row[name] for row in rows if name in row])
+        write_atomic(path, lambda file: figure.savefig(file, format="png"))
+
+def progress(c, folder):
+    """say(epoch, numbers): a line of metrics.jsonl and, unless quiet, one on stderr."""
+    path, began, first = os.path.join(folder, "metrics.jsonl"), time.monotonic(), []
+
+    def say(epoch, numbers):
+        rows = read_metrics(folder)[:epoch - 1] + [dict(epoch=epoch, **numbers)]
+        write_atomic(path, "".join(to_json(row) + "\n" for row in rows).encode())
+        first.append(epoch)
+        left = (time.monotonic() - began) / len(first) * (c.epochs - epoch)
+        losses = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()
+                           if k not in ("seconds", "images_seen"))
+        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  {numbers['seconds']:.0f} s, "
+                f"{left / 60:.1f} min left")
+    return say
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl."""
+    path = os.path.join(folder, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    with reading(path, "remove it"), open(path) as file:
+        return [json.loads(line) for line in file]
+
+def tell(c, sentence):
+    if not c.quiet:
+        print(sentence, file=sys.stderr, flush=True)
+
+def bench(c):
+    """Time one step of each kind, method stars, random weights and images. Returns the JSON object.
+
+    Medians of seconds. gflops: of the distillation step, 2 a multiply-accumulate. peak_mib: growth
+    of the resident memory.
+    """
+    rng, arch, B = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128
+    before = _resident("VmRSS")
+    with sentences():
+        teacher = Net(init_weights(weight_shapes(arch, 10), rng))
+        student = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T)
+    net = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
+    x, adam_state, sgd_state = rng.random((B, 32, 32, 3), np.float32), {}, {}
+    z = xp.asarray(rng.normal(0, 1, (B, c.z_dim)), np.float32)
+    x, crop = xp.asarray(x), draw_augmentation(rng, B)
+    normal = normalise(x, teacher.mean, teacher.std)[0]
+    jobs = dict(
+        distill_step_s=lambda: distillation_step(student, sgd_state, augment(x, *crop)[0], teacher,
+                                                 c.tau_kd, 0.05),
+        synthesis_step_s=lambda: synthesis_step(net, adam_state, z, None, crop, teacher, student,
+                                                Weights(), Tail(), 1e-3),
+        teacher_forward_s=lambda: forward(teacher, normal, need=""),
+        student_forward_s=lambda: forward(student, normal, train=True, need=""))
+    result = {}
+    for name, job in jobs.items():
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            job()
+            if xp is not np:
+                xp.cuda.Device().synchronize()
+            times.append(time.perf_counter() - start)
+        result[name] = float(np.median(times[2:]))
+    costs = [forward(n, normal[:2], need="", measure=True)[0].costs for n in (teacher, student)]
+    macs = [[m for _, m, _ in cost] for cost in costs]
+    flops = 2 * B * (sum(macs[0]) + 3 * c.T * sum(macs[1][1:]) + 2 * macs[1][0])
+    result |= dict(images_per_s=B / result["distill_step_s"],
+                   gflops=flops / result["distill_step_s"] / 1e9,
+                   peak_mib=(_resident("VmHWM") - before) / 1024 if before else None)
+    for name, value in result.items():
+        print(f"{name:20} {value:.4g}")
+    return result
+
+def _resident(key):
+    """KiB of memory of this process as Linux counts it, 0 elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        return int(re.search(key + r":\s*(\d+)", file.read())[1])
+    return 0
+
+def percent(fraction):
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+# ---- 11  Command line ----------------------------------------------------------------------------
+
+def _classes(params):
+    return len(params["linear.bias" if "linear.bias" in params else "classifier.bias"])
+
+def numbers(text, name):
+    """"1,2,3" -> (1.0, 2.0, 3.0). UserError: not three numbers."""
+    with reading(f"--{name} {text}", "it should be three numbers, as .49,.48,.45"):
+        a, b, c = map(float, text.split(","))
+        return a, b, c
+
+def load_net(c, path, command):
+    """A saved network as (Net, info); its normalisation from the file, the flags, the data set."""
+    params, info = load_weights(path, c.arch or None)
+    projection = any("shortcut" in k for k in params)
+    width = params["conv1.weight" if "conv1.weight" in params else "features.0.weight"].shape[0]
+    with sentences():
+        expected = weight_shapes(info["arch"], info["classes"], width, projection)
+    extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
+    params = {k: xp.asarray(v) if v.ndim else float(v)
+              for k, v in check_weights(params, expected | extra, path).items()}
+    known = DATASETS.get(c.dataset)
+    if known and info["classes"] != known.classes:
+        raise UserError(f"{path} has {info['classes']} classes, {c.dataset} has {known.classes}: "
+                        "name the data set it was trained on with --dataset")
+    for part in ("mean", "std"):
+        given = getattr(c, part)
+        if given or part not in info:
+            if not given and not known:
+                raise UserError(f"{path} carries no normalisation: give --mean and --std")
+            info[part] = numbers(given, part) if given else getattr(known, part)
+    with sentences():
+        activation = Neuron(**info["neuron"]) if "neuron" in info else relu
+    return Net(params, activation, info.get("T", 1), tuple(info["mean"]), tuple(info["std"])), info
+
+@contextlib.contextmanager
+def sentences():
+    """ValueErrors of sections 1 to 6 become expected failures where users cause them."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+def shipped(c):
+    """Path of the teacher in data/ beside this file for c.dataset and c.arch."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+    names = sorted(k for k in os.listdir(folder) if k.endswith("-teacher.npz"))
+    for name in names:
+        if name.startswith(f"{c.dataset}-{c.arch}"):
+            check_shipped(os.path.join(folder, name))
+            return os.path.join(folder, name)
+    raise UserError(f"no teacher for {c.dataset} {c.arch} is shipped (there are: "
+                    f"{', '.join(names) or 'none'}): give --teacher FILE, or train one with "
+                    f"python stars.py teacher --dataset {c.dataset}")
+
+def test_set(c):
+    """(x, y) of the test set, or None and a sentence where there is none."""
+    if c.download and c.dataset in DOWNLOADS and not find_dataset(c.dataset, "test", c.data_dir):
+        url, md5, name, limit = DOWNLOADS[c.dataset]
+        def report(done, total):
+            if not c.quiet and done // 2 ** 20 > (done - 2 ** 16) // 2 ** 20:
+                print(f"\r{name}: {done >> 20} of {total >> 20} MiB", end="", file=sys.stderr)
+        try:
+            download(url, md5, os.path.join(c.data_dir, name), limit, report)
+        except UserError as error:
+            tell(c, f"no test set: {error}")
+    if find_dataset(c.dataset, "test", c.data_dir):
+        return load_dataset(c.dataset, "test", c.data_dir)
+    tell(c, f"{c.dataset} is not in {c.data_dir}, so there is no accuracy to report, only agreement:"
+            f" put {DOWNLOADS[c.dataset][2]} there ({DOWNLOADS[c.dataset][0]}) or add --download")
+
+def free_folder(wanted, base):
+    """The folder of a new run: as asked for, which must not hold a run, or base, -2, -3 .. if taken."""
+    folder = wanted or next(k for k in itertools.chain([base], (f"{base}-{i}" for i in range(2, 10000)))
+                            if not os.path.exists(k))
+    if os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"{folder} holds another run: choose another --out, or --resume {folder}")
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+def settle(c):
+    """c with every "default by .." replaced by the value it stands for."""
+    plan = dict(SCHEDULES[c.schedule if c.schedule != "auto" else
+                          "quick" if xp is np else "full"])
+    values = {k: getattr(c, k) or v for k, v in plan.items()}
+    warm = c.init == "teacher"
+    values |= dict(lam=c.lam if c.lam >= 0 else 1.0 if warm else 0.5, lr=c.lr or (0.05 if warm else 0.1),
+                   reset=c.reset or ("soft" if warm else "hard"),
+                   v_init=c.v_init if c.v_init >= 0 else 0.5 if warm else 0.0)
+    return dataclasses.replace(c, **values)
+
+def run_distil(c):
+    """The main job, for each seed and method. Returns the JSON object."""
+    rows = [_one_distil(dataclasses.replace(c, method=method, seed=seed))
+            for seed in range(c.seed, c.seed + c.seeds)
+            for method in (("bn", "bn+rca", "bn+tar", "stars") if c.method == "all" else (c.method,))]
+    for row in rows if len(rows) > 1 else ():
+        print(f"{row['method']:8} seed {row['seeds'][0]}   accuracy {percent(row['accuracy'])}   "
+              f"agreement {percent(row['agreement'])}")
+    return rows[0] if len(rows) == 1 else dict(rows=rows)
+
+def _one_distil(c):
+    teacher, info = load_net(c, c.teacher or shipped(c), "distill")
+    if c.resume:
+        with reading(c.resume, "name the folder of a run"), \
+                open(os.path.join(c.resume, "config.json")) as file:
+            c = Config(**json.load(file))
+        folder = c.resume
+    else:
+        c = settle(c)
+        folder = free_folder(c.out, os.path.join("runs", f"{c.dataset}-{c.method}-s{c.seed}"))
+        write_atomic(os.path.join(folder, "config.json"), to_json(dataclasses.asdict(c)).encode())
+    arch, began = c.student_arch or info["arch"], time.monotonic()
+    tell(c, f"{info['arch']} teacher -> spiking {arch}, T = {c.T}, method {c.method}, on the "
+            f"{'cpu' if xp is np else 'gpu'}: {c.epochs} epochs of {c.synthesis_steps} synthesis and "
+            f"{c.distill_steps} distillation steps of {c.batch} images, into {folder}")
+    student, agrees, pool = distil(c, teacher, arch, folder, progress(c, folder))
+    params = rounded(student.params)
+    student = student._replace(params={k: xp.asarray(v, np.float32) for k, v in params.items()})
+    path = os.path.join(folder, "student.npz")
+    save_weights(path, student.params, dict(
+        arch=arch, classes=info["classes"], T=c.T, neuron=dataclasses.asdict(student.activation),
+        mean=teacher.mean, std=teacher.std, method=c.method, seed=c.seed, config=dataclasses.asdict(c)))
+    draw_grid(os.path.join(folder, "synthetic.png"), pool[-1, :128])
+    draw_curves(os.path.join(folder, "curves.png"), read_metrics(folder))
+    summary = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees, accuracy=None,
+                   teacher_accuracy=info.get("accuracy"), device="cpu" if xp is np else "gpu",
+                   seconds=time.monotonic() - began, student=path)
+    test = test_set(c)
+    if test:
+        summary |= evaluate(student, *test)
+        summary["teacher_accuracy"] = float((predict(teacher, test[0])[0].argmax(1) == test[1]).mean())
+    write_atomic(os.path.join(folder, "summary.json"), to_json(summary).encode())
+    print(f"student accuracy {percent(summary['accuracy'])}, teacher "
+          f"{percent(summary['teacher_accuracy'])}, agreement on held-out synthetic images "
+          f"{percent(agrees)}; {path}")
+    return summary
+
+def run_teacher(c):
+    """Train an ANN on real images. Returns the JSON object."""
+    known = DATASETS.get(c.dataset)
+    x, y = load_dataset(c.dataset, "train", c.data_dir)
+    classes = known.classes if known else int(y.max()) + 1
+    arch = c.arch or ("resnet8" if c.dataset == "shapes" else "resnet20")
+    c = dataclasses.replace(c, arch=arch, batch=c.batch or 128, lr=c.lr or 0.1,
+                            epochs=c.epochs or (4 if c.dataset == "shapes" else 40))
+    folder = c.resume or free_folder(c.out, os.path.join("runs", f"{c.dataset}-{arch}-teacher"))
+    write_atomic(os.path.join(folder, "config.json"), to_json(dataclasses.asdict(c)).encode())
+    with sentences():
+        params = init_weights(weight_shapes(arch, classes), np.random.default_rng(c.seed))
+    mean, std = (known.mean, known.std) if known else (
+        (x / 255).mean((0, 1, 2)).round(4).tolist(), (x / 255).std((0, 1, 2)).round(4).tolist())
+    net = Net(params, relu, 1, mean, std)
+    tell(c, f"training {arch} on {len(x)} images of {c.dataset}, {c.epochs} epochs, into {folder}")
+    train(c, net, x, y, folder, progress(c, folder))
+    net = net._replace(params={k: xp.asarray(v, np.float32) for k, v in rounded(net.params).items()})
+    test = test_set(c)
+    accuracy = float((predict(net, test[0])[0].argmax(1) == test[1]).mean()) if test else None
+    path = os.path.join(folder, f"{c.dataset}-{arch}-teacher.npz")
+    save_weights(path, net.params, dict(
+        arch=arch, classes=classes, mean=mean, std=std, accuracy=accuracy, epochs=c.epochs, seed=c.seed,
+        command=f"python stars.py teacher --dataset {c.dataset} --arch {arch} --epochs {c.epochs} "
+                f"--batch {c.batch} --lr {c.lr} --weight-decay {c.weight_decay} --seed {c.seed}"))
+    print(f"{arch} on {c.dataset}: accuracy {percent(accuracy)}; {path}")
+    return dict(accuracy=accuracy, teacher=path)
+
+def check(c):
+    """Raise ValueError for settings that cannot be, before any work."""
+    for name in ("T", "seeds", "generator_width", "z_dim"):
+        require(getattr(c, name) >= 1, f"--{name.replace('_', '-')} must be 1 or more, not {getattr(c, name)}")
+    for name in ("seed", "threads", "batch", "epochs", "synthesis_steps", "distill_steps", "warm_up", "w_bn",
+                 "w_oh", "w_bal", "w_adv", "w_rca", "w_tar", "w_tv", "lr", "weight_decay"):
+        require(getattr(c, name) >= 0, f"--{name.replace('_', '-')} must not be negative, is {getattr(c, name)}")
+    require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
+    require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
+    Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
+    for arch in filter(None, (c.arch, c.student_arch)):
+        weight_shapes(arch, 10)
+
+def run_eval(c, path):
+    """Measure a saved network on the test set. Returns the JSON object."""
+    net, info = load_net(c, path, "eval")
+    if isinstance(net.activation, Neuron) and c.T:
+        net = net._replace(T=c.T)
+    test = test_set(c)
+    if not test:
+        raise UserError(f"the test set of {c.dataset} is not there: see the sentence above")
+    found = evaluate(net, *test, c.batch or 256)
+    print(f"{path}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy per image "
+          f"{found['ann_energy_uj']:.1f} uJ as an ANN" + ("" if found["energy_uj"] is None else
+          f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}"))
+    for layer, rate in found["firing_rates"].items():
+        print(f"  {layer:20} {percent(rate)}")
+    return found
+
+COMMANDS = {"distill": "teacher -> spiking student, without data (the default command)",
+            "teacher": "train an ANN on a data set", "eval": "measure a saved network",
+            "bench": "time the steps"}
+
+def parse(argv):
+    """-> command, Config, FILE of eval."""
+    command = argv[0] if argv and argv[0] in COMMANDS else "distill"
+    if argv and argv[0] == command:
+        argv = argv[1:]
+    parser = argparse.ArgumentParser(
+        prog=f"stars.py {command}", description=COMMANDS[command], allow_abbrev=False,
+        epilog="commands: " + "; ".join(f"{k}: {v}" for k, v in COMMANDS.items()))
+    if command == "eval":
+        parser.add_argument("FILE", help="a saved network, .npz or .safetensors")
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        if command[0] in meta["commands"]:
+            name, text = "--" + field.name.replace("_", "-"), meta["help"].replace("%", "%%")
+            if field.type is bool:
+                parser.add_argument(name, action="store_true", help=text)
+            else:
+                text += f" (default {field.default})" if field.default not in ("", 0, -1.0) else ""
+                parser.add_argument(name, type=field.type, default=field.default, help=text,
+                                    choices=meta["choices"], metavar=meta["metavar"])
+    given = vars(parser.parse_args(argv))
+    return command, given.pop("FILE", None), Config(**given)
+
+def main(argv=None):
+    """Run a command. Exit codes: 0, 1 for an expected failure, 2 for wrong usage, 130 for Ctrl-C."""
+    command, path, c = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        with sentences():
+            check(c)
+        use_device(c.device)
+        keep_pages()
+        result = (run_eval(c, path) if command == "eval" else
+                  {"distill": run_distil, "teacher": run_teacher, "bench": bench}[command](c))
+    except (UserError, RuntimeError) as error:
+        print(f"stars.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; --resume FOLDER goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    if c.json:
+        print(to_json(result))
+    return 0
+
+
+# ---- 12  Fast paths on the CPU: skip on first reading --------------------------------------------
+
+CHUNK_BYTES = 1 << 20        # of one operand of a chunk; smaller ones wait for the interpreter
+_pool, _local = ThreadPoolExecutor(64), threading.local()
+
+def cores():
+    """Worker threads to use: cores this process may use, over the threads of each BLAS call."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = file.read().split()
+        n = min(n, max(1, int(quota) // int(period)))
+    blas = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "1"
+    return max(1, n // max(1, int(blas) if blas.isdigit() else 1))
+
+THREADS = cores()
+
+def parallel(function, n, chunk):
+    """[function(i, j) for consecutive ranges of `chunk` in n], on THREADS threads, in order."""
+    results, counter = [None] * -(-n // chunk), itertools.count()
+
+    def work():
+        for k in iter(lambda: next(counter), None):
+            if k >= len(results):
+                return
+            results[k] = function(k * chunk, min(n, (k + 1) * chunk))
+    futures = [_pool.submit(work) for _ in range(min(THREADS, len(results)) - 1)]
+    work()
+    for future in futures:
+        future.result()
+    return results
+
+def keep_pages():
+    """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):   # no mmap, no trim, grow by 64 MiB
+        mallopt(option, value)
+
+def scratch(name, shape, dtype):
+    """A buffer of this thread, its content undefined."""
+    size, key = int(np.prod(shape)), (name, np.dtype(dtype).char)
+    buffers = _local.__dict__
+    if key not in buffers or buffers[key].size < size:
+        buffers[key] = np.empty(size, dtype)
+    return buffers[key][:size].reshape(shape)
+
+def images_a_chunk(x, chunk, steps=1):
+    """At least four chunks if there are as many images, whatever the number of threads."""
+    return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // (x[0].nbytes * steps)))
+
+# -- convolution
+# 3x3, stride 1: Winograd's F(2, 3) down the rows (4 products for 2 rows of output, not 6). Rows lie
+# flat with one zero pixel between them, so three neighbouring pixels are 3C numbers in a line, and
+# every third such line starts where the last one ends: the matrices of pixels 0, 3, 6 ..,
+# 1, 4, 7 .. and 2, 5, 8 .. are views, and nothing is expanded.
+
+def _lines(buffer, first, pixels):
+    """View (4, 3, m, pixels * C): line (p, i) starts at pixel first + p + 3 i."""
+    m, C, size = (buffer.shape[1] - 2) // 3, buffer.shape[2], buffer.itemsize
+    strides = buffer.strides[0], C * size, 3 * C * size, size
+    return np.lib.stride_tricks.as_strided(buffer[:, first:], (4, 3, m, pixels * C), strides)
+
+def _planes(name, x, dtype):
+    """buffer (4, 3m + 2, C) with zero margins, and its four planes of n H/2 (W + 1) pixels."""
+    n, H, W, C = x.shape
+    used = n * H // 2 * (W + 1)
+    buffer = scratch(name, (4, -(-used // 3) * 3 + 2, C), dtype)
+    buffer[:, 0], buffer[:, used + 1:] = 0, 0
+    return buffer, buffer[:, 1:used + 1]
+
+def _split(x, even, odd):
+    for flat, rows in ((even, x[:, 0::2]), (odd, x[:, 1::2])):
+        pixels = flat.reshape(len(x), -1, x.shape[2] + 1, x.shape[3])
+        pixels[:, :, :-1], pixels[:, :, -1] = rows, 0
+
+def _pairs(x, dtype):
+    """e, e + o, e - o, o of even and odd rows (A y, but for a sign), as lines of one pixel."""
+    buffer, (e, total, difference, o) = _planes("pairs", x, dtype)
+    _split(x, e, o)
+    np.add(e, o, out=total)
+    np.subtract(e, o, out=difference)
+    return _lines(buffer, 1, 1)
+
+def _taps(x, dtype):
+    """(o above) - o, e + o, o - e, e - (e below) of even, odd rows (B'x), as lines of three."""
+    buffer, d = _planes("taps", x, dtype)
+    e, o = scratch("split", (2, *d.shape[1:]), dtype)
+    _split(x, e, o)
+    line, shape = x.shape[2] + 1, (len(x), -1, x.shape[2] + 1, x.shape[3])
+    np.subtract(o[:-line], o[line:], out=d[0, line:])
+    np.negative(o.reshape(shape)[:, 0], out=d[0].reshape(shape)[:, 0])
+    np.add(e, o, out=d[1])
+    np.subtract(o, e, out=d[2])
+    np.subtract(e[:-line], e[line:], out=d[3, :-line])
+    d[3].reshape(shape)[:, -1] = e.reshape(shape)[:, -1]
+    return _lines(buffer, 0, 3)
+
+def _kernel(w):
+    """w (K, C, 3, 3) -> (4, 1, 3C, K)."""
+    g0, g1, g2 = w.transpose(2, 3, 1, 0).reshape(3, -1, w.shape[0])
+    return np.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2])[:, None]
+
+def _rows(taps, kernel, y):
+    """The four products, combined to even and odd rows of y (A')."""
+    n, H, W, K = y.shape
+    buffer = scratch("rows", (4, taps.shape[2] * 3 + 2, K), y.dtype)
+    np.matmul(taps, kernel, out=_lines(buffer, 0, 1))
+    m0, m1, m2, m3 = buffer[:, :n * H // 2 * (W + 1)]
+    total = np.add(m1, m2, out=scratch("total", m1.shape, y.dtype))
+    np.subtract(m1, m2, out=m1)
+    for rows, a, b, sign in ((0, total, m0, np.add), (1, m1, m3, np.subtract)):
+        a, b = (v.reshape(n, H // 2, W + 1, K)[:, :, :W] for v in (a, b))
+        sign(a, b, out=y[:, rows::2])
+
+def _conv3x3(x, w, need, chunk):
+    kernel, y = _kernel(w), np.empty(x.shape[:3] + w.shape[:1], w.dtype)
+    chunk = images_a_chunk(x if x.size > y.size else y, chunk)
+    parallel(lambda i, j: _rows(_taps(x[i:j], w.dtype), kernel, y[i:j]), len(x), chunk)
+
+    def back(dy):
+        dx = np.empty(x.shape, dy.dtype) if "x" in need else None
+        turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1))
+
+        def part(i, j):
+            taps = _taps(dy[i:j], w.dtype)
+            if dx is not None:
+                _rows(taps, turned, dx[i:j])
+            if "p" in need:
+                return np.matmul(taps.swapaxes(2, 3), _pairs(x[i:j], w.dtype)).sum(1)
+        parts = parallel(part, len(x), chunk)
+        if "p" not in need:
+            return dx, None
+        a, b, c, d = sum(parts)
+        dw = np.stack([a + (b + c) / 2, (b - c) / 2, (b + c) / 2 - d])
+        dw = dw.reshape(3, 3, w.shape[0], w.shape[1])[::-1, ::-1]
+        return dx, np.ascontiguousarray(dw.transpose(2, 3, 0, 1))
+    return y, back
+
+def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
+    """conv2d of section 2: Winograd for 3x3 at stride 1, else im2col a chunk."""
+    K, C, R, S = w.shape
+    if R == S == 3 and stride == 1 and x.shape[1] % 2 == 0:
+        return _conv3x3(x, w, need, chunk)
+    N, H, W, _ = x.shape
+    p, q, h, v = R // 2, S // 2, (H - 1) // stride + 1, (W - 1) // stride + 1
+    flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
+    y = np.empty((N, h, v, K), w.dtype)
+    chunk = images_a_chunk(x, chunk, -(-R * S // stride ** 2 // 2))
+
+    def columns(i, j):
+        padded = scratch("padded", (j - i, H + 2 * p, W + 2 * q, C), w.dtype)
+        padded[...] = 0
+        padded[:, p:p + H, q:q + W] = x[i:j]
+        a, b, c, d = padded.strides
+        windows = np.lib.stride_tricks.as_strided(padded, (j - i, h, v, R, S, C), (a, b * stride, c * stride, b, c, d))
+        result = scratch("columns", windows.shape, w.dtype)
+        result[...] = windows
+        return result.reshape(-1, R * S * C)
+
+    def forward(i, j):
+        np.matmul(columns(i, j), flat, out=y[i:j].reshape(-1, K))
+    parallel(forward, N, chunk)
+
+    def back(dy):
+        dx = np.empty(x.shape, dy.dtype) if "x" in need else None
+
+        def part(i, j):
+            d = dy[i:j].reshape(-1, K)
+            dw = columns(i, j).T @ d if "p" in need else None
+            if dx is not None:
+                dcols = scratch("columns", (j - i, h, v, R, S, C), dy.dtype)
+                np.matmul(d, flat.T, out=dcols.reshape(-1, R * S * C))
+                padded = scratch("padded", (j - i, H + 2 * p, W + 2 * q, C), dy.dtype)
+                padded[...] = 0
+                for r, s in itertools.product(range(R), range(S)):
+                    rows, cols = slice(r, r + h * stride, stride), slice(s, s + v * stride, stride)
+                    padded[:, rows, cols][:, :h, :v] += dcols[:, :, :, r, s]
+                dx[i:j] = padded[:, p:p + H, q:q + W]
+            return dw
+        parts = parallel(part, N, chunk)
+        if "p" not in need:
+            return dx, None
+        return dx, np.ascontiguousarray(sum(parts).reshape(R, S, C, K).transpose(3, 2, 0, 1))
+    return y, back
+
+# -- batch norm + activation
+
+def _sum(v, C):
+    """Sum of v over all but its C channels, in float64; v contiguous."""
+    rows = v.reshape(-1, C * math.gcd(v.size // C, 64))
+    return (np.ones(len(rows), v.dtype) @ rows).reshape(-1, C).sum(0, dtype=np.float64)
+
+def _wide(y):
+    """(N, .., C) -> (N, D), so that inner loops are long."""
+    return y.reshape(len(y), -1)
+
+def moments(y, chunk=None):
+    """Mean and biased variance a channel: mean and M2 of chunks, merged exactly."""
+    C, v = y.shape[-1], _wide(y)
+
+    def part(i, j):
+        x, d = v[i:j], scratch("a", v[i:j].shape, y.dtype)
+        count = x.size // C
+        mean = (_sum(x, C) / count).astype(y.dtype)
+        np.subtract(x, np.tile(mean, x.shape[-1] // C), out=d)
+        shift = _sum(d, C)                               # what rounding the mean left
+        np.multiply(d, d, out=d)
+        return count, mean + shift / count, _sum(d, C) - shift ** 2 / count
+    n, m, m2 = map(np.array, zip(*parallel(part, len(y), images_a_chunk(y, chunk))))
+    n = n[:, None]
+    mean = (n * m).sum(0) / n.sum()
+    return mean, (m2 + n * (m - mean) ** 2).sum(0) / n.sum()
+
+def _surrogate(u, v_th, kind, gain, out):
+    """gain * g'((u - V) / V), Eq. (2)."""
+    factor = dict(sigmoid=2, atan=np.pi, triangle=1)[kind]
+    np.multiply(u, factor / v_th, out=out)
+    out -= factor
+    if kind == "triangle":
+        np.abs(out, out=out)
+        np.minimum(out, np.ones_like(out[:1]), out=out)
+    else:
+        np.multiply(out, out, out=np.tanh(out, out=out) if kind == "sigmoid" else out)
+    if kind == "atan":
+        out += 1
+        return np.divide(gain, out, out=out)
+    out *= -gain
+    out += gain
+    return out
+
+FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
+
+def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1., amplitude=1.,
+                         first=False, shortcut=None, train=False, tap=None, need="xp", chunk=None,
+                         momentum=.1, eps=1e-5):
+    """norm_activation of section 4 without a pass over memory for each of its operators.
+
+    Keeps a and z; membranes are computed again.
+    """
+    tapped, tap_back = tap(a) if tap else (None, None)
+    dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
+    if train:
+        mean, var = moments(a, chunk)
+        running = tuple(((1 - momentum) * old + momentum * new).astype(dtype)
+                        for old, new in zip(running, (mean, var * (count / max(1, count - 1)))))
+    inv = 1 / np.sqrt(np.float64(var) + eps)
+    neuron = activation if isinstance(activation, Neuron) else None
+    slope, flat = FAST_SLOPES.get(activation), a.reshape(len(a), -1)
+    v = flat.reshape(1 if first or not neuron else T, -1, flat.shape[1])   # (T or 1, N, D)
+    steps = T if neuron else 1
+    z = np.empty((steps, *v.shape[1:]), dtype)
+    sc = None if shortcut is None else shortcut.reshape(z.shape)
+
+    def row(value):                                        # of channels -> of an image
+        return np.tile(value.astype(dtype), v.shape[2] // C)
+    scale, shift = row(gamma * inv), row(beta - gamma * inv * mean)
+    chunk_n, chunk = images_a_chunk(flat, chunk), images_a_chunk(v[0], chunk)
+
+    def drive(i, j, t, out):
+        np.multiply(v[t if len(v) > 1 else 0, i:j], scale, out=out)
+        out += shift
+        if sc is not None:
+            out += sc[t, i:j]
+        return out
+
+    def membrane(i, j, t, before, u):
+        """u_t of neurons i:j into u; before: u_{t-1}, may be u itself."""
+        current = scratch("current", u.shape, dtype)
+        if t == 0 or len(v) > 1 or sc is not None:
+            drive(i, j, t, current)
+        if t == 0:
+            return np.add(current, neuron.lam * neuron.v_init * v_th, out=u)
+        if neuron.reset == "hard":
+            np.multiply(before, np.less(before, v_th, out=scratch("s", u.shape, bool)), out=u)
+        else:
+            spike = np.greater_equal(before, v_th, out=scratch("s", u.shape, bool))
+            fall = np.multiply(spike, dtype.type(v_th), out=scratch("r", u.shape, dtype))
+            np.subtract(before, fall, out=u)
+        u *= neuron.lam
+        u += current
+
+    def forward(i, j):
+        if not neuron:
+            u, low = drive(i, j, 0, z[0, i:j]), scratch("u", z[0, i:j].shape, dtype)
+            return np.maximum(u, np.multiply(u, slope, out=low), out=u)
+        u = scratch("u", z[0, i:j].shape, dtype)
+        for t in range(T):
+            membrane(i, j, t, u, u)
+            spike = np.greater_equal(u, v_th, out=scratch("s", u.shape, bool))
+            np.multiply(spike, dtype.type(amplitude), out=z[t, i:j])
+    v_th, amplitude = float(v_th), float(amplitude)
+    parallel(forward, v.shape[1], chunk)
+
+    def back(dz):
+        dz, da = dz.reshape(z.shape), np.empty(v.shape, dtype)
+
+        def act_back(i, j):
+            d = da[0, i:j]
+            positive = np.greater(z[0, i:j], 0, out=scratch("s", d.shape, bool))
+            np.multiply(positive, dtype.type(1 - slope), out=d)
+            if slope:
+                d += slope
+            d *= dz[0, i:j]
+
+        def lif_back(i, j):
+            u = scratch("u", (T, *z[0, i:j].shape), dtype)
+            for t in range(T):
+                membrane(i, j, t, u[t - 1], u[t])
+            g, after, r, du = (scratch(k, u[0].shape, dtype) for k in ("g", "after", "r", "du"))
+            for t in reversed(range(T)):
+                _surrogate(u[t], v_th, neuron.surrogate, 1 / v_th, g)
+                if t < T - 1:                              # lam du_{t+1} d reset / d u_t
+                    np.multiply(du, neuron.lam, out=after)
+                    if not neuron.detach_reset:
+                        np.multiply(g, u[t] if neuron.reset == "hard" else v_th, out=r)
+                        r *= after
+                    if neuron.reset == "hard":
+                        after *= np.less(u[t], v_th, out=scratch("s", g.shape, bool))
+                    if not neuron.detach_reset:
+                        after -= r
+                du = da[t, i:j] if len(v) == T else du
+                np.multiply(dz[t, i:j], g, out=du)
+                if amplitude != 1:
+                    du *= amplitude
+                if t < T - 1:
+                    du += after
+                if len(v) < T:
+                    np.add(da[0, i:j] if t < T - 1 else 0, du, out=da[0, i:j])
+
+        def part(i, j):
+            lif_back(i, j) if neuron else act_back(i, j)
+            if train or "p" in need:
+                product, sums = scratch("product", da[0, i:j].shape, dtype), np.zeros((2, C))
+                for d, x in zip(da[:, i:j], v[:, i:j]):
+                    sums += _sum(d, C), _sum(np.multiply(d, x, out=product), C)
+                return sums
+        parts = parallel(part, v.shape[1], chunk)
+        dbeta, dgamma = sum(parts) if train or "p" in need else (0, 0)
+        dgamma = (dgamma - mean * dbeta) * inv
+        dshortcut = None if sc is None else da.reshape(shortcut.shape)
+        da, k = da.reshape(flat.shape), gamma * inv / count
+        dy = da if sc is None else np.empty_like(da)
+        if "x" in need:
+            linear, offset = row(-k * dgamma * inv), row(k * (dgamma * inv * mean - dbeta))
+
+            def finish(i, j):
+                np.multiply(da[i:j], scale, out=dy[i:j])
+                if train:
+                    t = np.multiply(flat[i:j], linear, out=scratch("a", dy[i:j].shape, dtype))
+                    t += offset
+                    dy[i:j] += t
+            parallel(finish, len(flat), chunk_n)
+            if tap:
+                dy += tap_back().reshape(dy.shape)
+        params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
+        return dy.reshape(a.shape) if "x" in need else None, *params, dshortcut
+    return (z.reshape(-1, *a.shape[1:]), running, tapped), back
+
+# -- taps of the synthesis step
+
+def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
+    """One layer of Eq. (3) and (8).   -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
+    C, v, dtype, count = a.shape[-1], _wide(a), a.dtype, a.size // a.shape[-1]
+    levels = [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
+    pi = np.asarray(pi, np.float64)[:len(levels), None]
+    slope = np.sign(gamma) / (2 * tail.tau * np.sqrt(np.float64(var) + eps))
+    row = lambda value: np.tile(value.astype(dtype), v.shape[1] // C)
+    scale, shift, chunk = row(slope), row(-slope * mean), images_a_chunk(a, chunk)
+
+    def tanhs(i, j):                                       # sigmoid(2 x) = (1 + tanh x) / 2
+        h = np.multiply(v[i:j], scale, out=scratch("a", v[i:j].shape, dtype))
+        h += shift
+        for level in levels:
+            t = np.subtract(h, level, out=scratch("r", h.shape, dtype))
+            yield np.tanh(t, out=t)
+    total = sum(parallel(lambda i, j: np.array([_sum(t, C) for t in tanhs(i, j)]), len(a), chunk))
+    m, b = moments(a, chunk)
+    e = .5 + .5 * total.reshape(len(levels), C) / count
+    d = np.minimum(e - pi, 0) if tail.side == "at-least" else e - pi
+    gaps = m - mean, b - var
+    norms = [np.sqrt((gap ** 2).sum()) for gap in gaps]
+    l_bn, l_tar = sum(norms), (d ** 2 / (pi * (1 - pi))).mean() if levels else 0.0
+
+    def back():
+        dm, db = (w_bn / count * gap / (norm or 1) for gap, norm in zip(gaps, norms))
+        de = w_tar * d / (pi * (1 - pi)) / max(1, d.size) * slope / count
+        linear, constant, rows = row(2 * db), row(dm - 2 * db * m + de.sum(0)), [row(-x) for x in de]
+        da = np.empty_like(v)
+
+        def part(i, j):
+            np.multiply(v[i:j], linear, out=da[i:j])
+            da[i:j] += constant
+            for t, weight in zip(tanhs(i, j), rows):       # (1 - tanh^2) de
+                t *= t
+                t *= weight
+                da[i:j] += t
+        parallel(part, len(a), chunk)
+        return da.reshape(a.shape)
+    return (l_bn, l_tar), back
+
+
+if __name__ == "__main__":
+    sys.exit(main())
