@@ -7,15 +7,11 @@
 
 0  READING GUIDE.  A trained teacher knows its classes and, in its batch norms, the statistics of
 data that is gone. A generator makes images from that knowledge, Eq. (9); a spiking student learns
-the teacher's answers on them, Eq. (10). From the top down, a section uses what stands above it.
+the teacher's answers on them, Eq. (10). Sections 0 to 6 are the method, the rest makes it a tool:
 
-    1  arrays and devices    one code path for NumPy and CuPy
-    2  operators             each returns its value and its adjoint
-    3  spiking neuron        LIF and its surrogate gradient                    Eq. (1) (2)
-    4  networks              ResNet, VGG, generator; energy                    Eq. (11)
-    5  losses                synthesis and distillation                        Eq. (3) - (10)
-    6  optimisers            SGD, Adam, cosine schedule
-    8  weights and files     architectures, initial weights
+    1 arrays and devices          4 networks, Eq. (11)      7 data                 10 reports
+    2 operators                   5 losses, Eq. (3)-(10)    8 weights and files    11 command line
+    3 spiking neuron, Eq. (1-2)   6 optimisers              9 procedures           12 fast CPU paths
 
 The equations are numbered as in README.md; `# Eq. (n)` stands on the line that computes one.
 Eq. (7) and (8) are this project's formalisation of the abstract of STARS (arXiv 2605.27409):
@@ -24,36 +20,21 @@ relational consistency and tail-aware regularisation are the paper's ideas, the 
 Images and feature maps are NHWC, convolution weights (K, C, R, S), names of parameters those of a
 PyTorch state_dict. T time steps are folded into the batch: (T, N, ...) -> (T*N, ...).
 `value, back = operator(...)`: back takes the gradient of the value and returns the gradients of the
-arguments, in their order; it changes nothing and is called at most once. `need` says which are
-wanted, "x" for the input and "p" for the parameters; the others are None and cost nothing. dtype
-follows the parameters. Wrong arguments raise ValueError with a sentence that names the argument.
+arguments, in their order (of a network: x, then {name: gradient}); it changes nothing and is called
+once. `need` says which are wanted, "x" for the input and "p" for the parameters; the others are
+None and cost nothing. A tap is a loss on the input of a batch norm: x -> (loss, back). Parameters
+and images have one dtype. Wrong arguments raise ValueError with a sentence that names the argument.
 """
-import argparse
-import collections
-import contextlib
-import ctypes
 import dataclasses
-import gzip
-import hashlib
-import io
-import itertools
-import json
-import math
+import functools
 import os
 import re
-import sys
-import tarfile
-import threading
-import time
-import urllib.request
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 _ours = not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & set(os.environ)
-if _ours:  # section 12 works on chunks of images in parallel, so one BLAS thread for each chunk;
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # without effect where numpy was imported before
+if _ours:  # section 12 works on chunks of images in parallel, so one BLAS thread for each chunk
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # (without effect where numpy was imported before)
 try:
     import numpy as np
 except ImportError:
@@ -68,7 +49,7 @@ xp = np  # the array module of every function below: numpy, or cupy after use_de
 def use_device(name="auto"):
     """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
 
-    Returns "cpu" or "gpu". Raises ValueError for another name, RuntimeError where there is no GPU.
+    -> "cpu" or "gpu". Raises RuntimeError where "gpu" is not there, ValueError for another name.
     """
     global xp
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
@@ -76,8 +57,9 @@ def use_device(name="auto"):
     if name != "cpu":
         try:
             import cupy
-            if int((cupy.arange(3, dtype=cupy.float32) + 1).sum()) == 6:  # compiles and runs
-                xp = cupy
+            total = int((cupy.arange(3, dtype=cupy.float32) + 1).sum())  # compiles and runs
+            require(total == 6, f"1 + 2 + 3 gave {total} there")
+            xp = cupy
         except Exception as error:  # not installed, no driver, no device, no compiler
             if name == "gpu":
                 raise RuntimeError(f"no usable GPU ({type(error).__name__}: {error}): install the "
@@ -97,6 +79,10 @@ def require(condition, sentence):
     if not condition:
         raise ValueError(sentence)
 
+def expect(name, x, *shape):
+    """Raise ValueError unless the array called name has this shape; None stands for any size."""
+    require(x.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, x.shape)),
+            f"{name} must have shape {shape}".replace("None", "any") + f", has {x.shape}")
 
 # ---- 2  Operators: value and adjoint -------------------------------------------------------------
 
@@ -104,37 +90,40 @@ def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
 
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
-    back: dy -> dx, dw. Keeps x, w.
+    back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted.
     """
-    require(x.ndim == 4, f"conv2d: x must be (N, H, W, C), has shape {x.shape}")
-    require(w.ndim == 4 and w.shape[1] == x.shape[3] and w.shape[2] % 2 and w.shape[3] % 2,
-            f"conv2d: w must be (K, {x.shape[3]}, odd, odd), has shape {w.shape}")
-    require(stride in (1, 2), f"conv2d: stride must be 1 or 2, not {stride!r}")
+    expect("x", x, None, None, None, None)
+    expect("w", w, None, x.shape[3], None, None)
+    require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
+    require(stride in (1, 2), f"stride must be 1 or 2, not {stride!r}")
     if fast(x):
         return fast_conv2d(x, w, stride, need)
     (N, H, W, C), (K, _, R, S) = x.shape, w.shape
     P, Q = R // 2, S // 2
     padded = xp.pad(x, ((0, 0), (P, P), (Q, Q), (0, 0)))
-
     def window(a, r, s):  # the part of a padded array that w[:, :, r, s] multiplies
         return a[:, r:r + H:stride, s:s + W:stride]
 
     y = sum(window(padded, r, s) @ w[:, :, r, s].T for r, s in np.ndindex(R, S))
-
+    kept = padded if "p" in need else None
     def back(dy):
         dx = dw = None
         if "x" in need:
-            dpadded = xp.zeros(padded.shape, x.dtype)
+            dpadded = xp.zeros((N, H + 2 * P, W + 2 * Q, C), dy.dtype)
             for r, s in np.ndindex(R, S):
-                window(dpadded, r, s)[...] += dy @ w[:, :, r, s]
+                part = window(dpadded, r, s)
+                part += dy @ w[:, :, r, s]
             dx = dpadded[:, P:P + H, Q:Q + W]
         if "p" in need:
             dw = xp.empty(w.shape, w.dtype)
             for r, s in np.ndindex(R, S):
-                dw[:, :, r, s] = dy.reshape(-1, K).T @ window(padded, r, s).reshape(-1, C)
+                dw[:, :, r, s] = dy.reshape(-1, K).T @ window(kept, r, s).reshape(-1, C)
         return dx, dw
-
     return y, back
+
+def channel_mean(x):
+    """Mean over all axes but the last, in two stages for the sake of float32.   x (N, .., C)."""
+    return x.reshape(len(x), -1, x.shape[-1]).mean(1).mean(0)
 
 def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", momentum=.1, eps=1e-5):
     """y = gamma (x - m) / sqrt(v + eps) + beta, over all axes but the last.   Ioffe & Szegedy 2015
@@ -145,18 +134,18 @@ def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", mome
     the unbiased variance (returned, not written). tapped: the loss of the tap, or None.
     back: dy -> dx, dgamma, dbeta. Keeps the normalised x.
     """
-    require(gamma.shape == x.shape[-1:],
-            f"batch_norm: gamma must be ({x.shape[-1]},) like the channels of x, is {gamma.shape}")
+    expect("gamma", gamma, x.shape[-1])
+    expect("beta", beta, x.shape[-1])
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+    require(count > 1 or not train, "x must have more than one value a channel in train mode")
     tapped, tap_back = tap(x) if tap else (None, None)
     m, v, running = mean, var, (mean, var)
     if train:
-        require(count > 1, "batch_norm: x has one value per channel, train mode needs more")
-        m, v = x.mean(axes), x.var(axes)
+        m = channel_mean(x)
+        v = channel_mean((x - m) ** 2)
         running = (mean + momentum * (m - mean), var + momentum * (v * (count / (count - 1)) - var))
     scale = 1 / xp.sqrt(v + eps)
     normal = (x - m) * scale
-
     def back(dy):
         dx = dgamma = dbeta = None
         if train or "p" in need:
@@ -167,7 +156,6 @@ def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", mome
             if tap:
                 dx = dx + tap_back()
         return (dx, dgamma, dbeta) if "p" in need else (dx, None, None)
-
     return (normal * gamma + beta, running, tapped), back
 
 def identity(x):
@@ -177,7 +165,7 @@ def identity(x):
 def relu(x):
     """y = max(0, x), with gradient 0 at 0.   back: dy -> dx. Keeps the mask."""
     mask = x > 0
-    return x * mask, lambda dy: dy * mask
+    return xp.maximum(x, 0), lambda dy: dy * mask
 
 def leaky_relu(x, slope=0.2):
     """y = x where x > 0, else slope x.   back: dy -> dx. Keeps the mask."""
@@ -194,8 +182,9 @@ def sigmoid(x):
 
 def linear(x, w, b, need="xp"):
     """y = x w' + b.   x (N, D), w (K, D), b (K,) -> y (N, K).   back: dy -> dx, dw, db."""
-    require(x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1],
-            f"linear: x and w must be (N, D) and (K, D), have shapes {x.shape} and {w.shape}")
+    expect("x", x, None, None)
+    expect("w", w, None, x.shape[1])
+    expect("b", b, len(w))
     def back(dy):
         dx = dy @ w if "x" in need else None
         return (dx, dy.T @ x, dy.sum(0)) if "p" in need else (dx, None, None)
@@ -206,30 +195,32 @@ def global_average_pool(x):
     N, H, W, C = x.shape
     return x.mean((1, 2)), lambda dy: xp.broadcast_to((dy / (H * W))[:, None, None], x.shape)
 
-def _windows(x):
-    """(N, H, W, C) -> (N, H/2, W/2, C, 4): the 2x2 windows, row by row."""
-    N, H, W, C = x.shape
-    require(H % 2 == W % 2 == 0, f"x must have even height and width to pool, has shape {x.shape}")
-    x = x.reshape(N, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(N, H // 2, W // 2, C, 4)
+def _quarters(x):
+    """The four views (N, H/2, W/2, C) of x that hold the pixels of each 2x2 window, row by row."""
+    expect("x", x, None, None, None, None)
+    require(x.shape[1] % 2 == x.shape[2] % 2 == 0, f"x must have even height and width, {x.shape}")
+    return [x[:, i::2, j::2] for i, j in np.ndindex(2, 2)]
 
 def max_pool(x):
     """2x2 maximum, of equals the first takes dy.   x (N, H, W, C) -> y (N, H/2, W/2, C)."""
-    windows = _windows(x)
-    winner = windows.argmax(4)
+    a, b, c, d = _quarters(x)
+    y = xp.maximum(xp.maximum(a, b), xp.maximum(c, d))
     def back(dy):
-        routed = dy[..., None] * (xp.arange(4) == winner[..., None])
-        routed = routed.reshape(*dy.shape, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-        return routed.reshape(x.shape)
-    return windows.max(4), back
+        dx, open_ = xp.empty(x.shape, dy.dtype), xp.ones(y.shape, bool)
+        for quarter, dquarter in zip(_quarters(x), _quarters(dx)):
+            wins = open_ & (quarter == y)
+            dquarter[...] = dy * wins
+            open_ &= ~wins
+        return dx
+    return y, back
 
 def avg_pool(x):
     """2x2 mean.   x (N, H, W, C) -> y (N, H/2, W/2, C)."""
-    return _windows(x).mean(4), lambda dy: upsample(dy / 4)[0]
+    return sum(_quarters(x)) / 4, lambda dy: upsample(dy / 4)[0]
 
 def upsample(x):
     """Nearest-neighbour upsampling by 2.   x (N, H, W, C) -> y (N, 2H, 2W, C)."""
-    return x.repeat(2, 1).repeat(2, 2), lambda dy: _windows(dy).sum(4)
+    return x.repeat(2, 1).repeat(2, 2), lambda dy: sum(_quarters(dy))
 
 def shortcut_a(x, channels):
     """Parameter-free shortcut: every second pixel, zero channels on both sides (He et al. 2016, A).
@@ -237,7 +228,7 @@ def shortcut_a(x, channels):
     x (N, H, W, C) -> y (N, ceil(H/2), ceil(W/2), channels).
     """
     C = x.shape[3]
-    require(channels >= C, f"shortcut_a: channels must be at least {C} as in x, not {channels}")
+    require(channels >= C, f"channels must be at least {C} as in x, not {channels}")
     low = (channels - C) // 2
     def back(dy):
         dx = xp.zeros(x.shape, dy.dtype)
@@ -246,7 +237,8 @@ def shortcut_a(x, channels):
     return xp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (low, channels - C - low))), back
 
 def log_softmax(x):
-    """y = x - log sum_k exp x_k.   x (N, K).   back: dy -> dx. Keeps softmax x."""
+    """y = x - log sum_k exp x_k.   x (N, K).   back: dy -> dx. Keeps y."""
+    expect("x", x, None, None)
     y = x - x.max(1, keepdims=True)
     y = y - xp.log(xp.exp(y).sum(1, keepdims=True))
     return y, lambda dy: dy - xp.exp(y) * dy.sum(1, keepdims=True)
@@ -258,6 +250,7 @@ def softmax(x):
 
 def cosine_matrix(f):
     """y_ij = f_i . f_j / (|f_i| |f_j|), 0 with zero gradient where a norm is 0.   f (B, D)."""
+    expect("f", f, None, None)
     norm = xp.sqrt((f * f).sum(1, keepdims=True))
     inverse = (norm > 0) / xp.where(norm > 0, norm, 1)
     unit = f * inverse
@@ -272,7 +265,7 @@ def repeat_over_time(x, T):
 
 def mean_over_time(x, T):
     """y_n = 1/T sum_t x_tn.   x (T*N, ...) -> y (N, ...)."""
-    require(x.shape[0] % T == 0, f"mean_over_time: {x.shape[0]} rows do not divide by T = {T}")
+    require(T >= 1 and len(x) % T == 0, f"T must divide the {len(x)} rows of x, is {T}")
     return x.reshape((T, -1) + x.shape[1:]).mean(0), lambda dy: repeat_over_time(dy / T, T)[0]
 
 def normalise(x, mean, std):
@@ -286,9 +279,10 @@ def augment(x, offsets, flips, pad=4):
     offsets (N, 2): row and column of the crop, integers in 0 .. 2 pad; flips (N,): booleans.
     """
     N, H, W, C = x.shape
+    expect("offsets", np.asarray(offsets), N, 2)
+    expect("flips", np.asarray(flips), N)
+    require(np.isin(offsets, range(2 * pad + 1)).all(), f"offsets must be in 0 .. {2 * pad}")
     offsets, flips = xp.asarray(offsets), xp.asarray(flips)
-    require(offsets.shape == (N, 2) and flips.shape == (N,),
-            f"offsets and flips must be ({N}, 2) and ({N},), are {offsets.shape} and {flips.shape}")
     rows = offsets[:, :1] + xp.arange(H)
     columns = offsets[:, 1:] + xp.where(flips[:, None], xp.arange(W)[::-1], xp.arange(W))
     index = xp.arange(N)[:, None, None], rows[:, :, None], columns[:, None]
@@ -298,11 +292,6 @@ def augment(x, offsets, flips, pad=4):
         dpadded[index] = dy
         return dpadded[:, pad:pad + H, pad:pad + W]
     return padded[index], back
-
-def draw_augmentation(rng, n, pad=4):
-    """Random (offsets, flips) for n images, from a numpy Generator."""
-    return rng.integers(0, 2 * pad + 1, (n, 2)), rng.random(n) < 0.5
-
 
 # ---- 3  Spiking neuron ---------------------------------------------------------------------------
 
@@ -333,21 +322,20 @@ def lif(current, T, v_th=1.0, amplitude=1.0, neuron=Neuron(), spike=None):
     spike: x = (u - V)/V -> s, called once a step: the Heaviside step unless a check replaces it.
     back: dz -> dcurrent. Keeps the membrane before reset and the spikes.
     """
-    require(T >= 1 and len(current) % T == 0, f"lif: {len(current)} rows do not divide by T = {T}")
-    lam, V, A, hard = neuron.lam, float(v_th), float(amplitude), neuron.reset == "hard"
-    require(V > 0, f"lif: v_th must be positive, not {V}")
+    lam, V, A, hard = float(neuron.lam), float(v_th), float(amplitude), neuron.reset == "hard"
+    require(T >= 1 and len(current) % T == 0, f"T must divide the {len(current)} rows, is {T}")
+    require(V > 0, f"v_th must be positive, not {V}")
     spike = spike or (lambda x: (x >= 0).astype(x.dtype))
     slope = SURROGATES[neuron.surrogate][1]
-    drive = current.reshape((T, -1) + current.shape[1:])
+    shape, drive = current.shape, current.reshape((T, -1) + current.shape[1:])
     membrane, spikes = xp.empty_like(drive), xp.empty_like(drive)
-    u, s = xp.full(drive.shape[1:], neuron.v_init * V, drive.dtype), 0.0
+    u, s = xp.full(drive.shape[1:], float(neuron.v_init) * V, drive.dtype), 0.0
     for t in range(T):
         u = lam * (u * (1 - s) if hard else u - V * s) + drive[t]  # Eq. (1)
         s = spike((u - V) / V)
         membrane[t], spikes[t] = u, s
-
     def back(dz):
-        dz, dcurrent = dz.reshape(drive.shape), xp.empty_like(drive)
+        dz, dcurrent = dz.reshape(membrane.shape), xp.empty_like(membrane)
         dkept = 0.0  # gradient of what step t + 1 receives of the membrane after reset, times lam
         for t in reversed(range(T)):
             u, s = membrane[t], spikes[t]
@@ -358,16 +346,14 @@ def lif(current, T, v_th=1.0, amplitude=1.0, neuron=Neuron(), spike=None):
             du = du + (dkept * (1 - s) if hard else dkept)
             dcurrent[t] = du
             dkept = lam * du
-        return dcurrent.reshape(current.shape)
-
-    return A * spikes.reshape(current.shape), back
-
+        return dcurrent.reshape(shape)
+    return A * spikes.reshape(shape), back
 
 # ---- 4  Networks ---------------------------------------------------------------------------------
 
 class Net(NamedTuple):
     """A teacher (activation relu, T = 1) or a student (activation a Neuron) and how to run it."""
-    params: dict                             # name -> array; optional <layer>.v_th, .amplitude
+    params: dict                             # name -> array; <layer>.v_th, .amplitude: numbers
     activation: Any = relu                   # a Neuron, or a function x -> (y, back)
     T: int = 1                               # time steps
     mean: tuple = (0.4914, 0.4822, 0.4465)   # normalisation of images in [0, 1], per channel
@@ -380,7 +366,7 @@ class Output(NamedTuple):
     running: dict    # train: the next running statistics, by parameter name
     tapped: dict     # layer -> what the tap on its input returned
     rates: dict      # measure: layer -> share of neurons and steps that spike
-    costs: list      # measure: (layer, MACs an image, accumulates an image and step, or None)
+    costs: list      # measure: (layer, MACs an image, accumulates an image and step or None)
 
 def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, amplitude=1.0,
                     first=False, shortcut=None, train=False, tap=None, need="xp"):
@@ -388,7 +374,7 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
 
     Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut.
     """
-    if fast(a) and (isinstance(activation, Neuron) or activation in FAST_SLOPES):
+    if fast(a) and (isinstance(activation, Neuron) or T == 1 and activation in FAST_SLOPES):
         return fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude,
                                     first, shortcut, train, tap, need)
     (y, running, tapped), norm_back = batch_norm(a, gamma, beta, mean, var, train, tap, need)
@@ -404,9 +390,11 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
         return (*norm_back(time_back(dy)), dy if shortcut is not None else None)
     return (z, running, tapped), back
 
-def _accumulates(x, macs):
-    """Share of macs that spikes x cause, or None where x is not spikes: two values other than 0."""
-    return macs * float((x != 0).mean()) if bool(((x == 0) | (x == abs(x).max())).all()) else None
+def batch_norms(params):
+    """The names of the batch norms with running statistics, from the input to the output."""
+    def depth(name):
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return sorted((k[:-13] for k in params if k.endswith(".running_mean")), key=depth)
 
 def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=None):
     """activation(batch_norm(conv2d(x)) + shortcut), by names.   back: dz -> dx, dshortcut."""
@@ -423,8 +411,8 @@ def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=
     if run.tap:
         out.tapped[norm] = tapped
     if run.measure:
-        macs = a[0, ..., 0].size * w.size
-        out.costs.append((conv, macs, _accumulates(x, macs)))
+        macs, spikes = a[0, ..., 0].size * w.size, isinstance(run.activation, Neuron) and not first
+        out.costs.append((conv, macs, macs * float((x != 0).mean()) if spikes else None))
         if isinstance(activation, Neuron):
             out.rates[norm] = float((z != 0).mean())
     def back(dz):
@@ -447,24 +435,27 @@ def _residual_block(run, name, x, stride):
         same = stride == 1 and x.shape[3] == channels
         kept, shortcut_back = identity(x) if same else shortcut_a(x, channels)
         if run.measure:  # no multiplication, and one accumulate for each spike that is added
-            run.out.costs.append((name + ".shortcut", 0, _accumulates(kept, kept[0].size)))
+            run.out.costs.append((name + ".shortcut", 0, float((kept != 0).sum()) / len(kept)))
     y, back2 = _layer(run, name + ".conv2", name + ".bn2", z, 1, shortcut=kept)
     def back(dy):
         dz, dkept = back2(dy)
-        return back1(dz)[0] + shortcut_back(dkept)
+        dx, _ = back1(dz)
+        dx += shortcut_back(dkept)
+        return dx
     return y, back
 
-def _network(body, last, params, activation, T, train=False, tap=None, need="xp", measure=False):
+def _network(body, last, params, x, activation, T, train=False, tap=None, need="xp", measure=False):
     """What resnet and vgg share: body(run, backs) makes the last maps; here they are classified."""
     run = SimpleNamespace(params=params, activation=activation, T=T, train=train, tap=tap, grads={},
                           need=need, measure=measure, out=Output(None, None, {}, {}, {}, []))
+    expect("x", x, None, None, None, 3)
     backs = []
     pooled, pool_back = global_average_pool(body(run, backs))
     features, time_back = mean_over_time(pooled, T)
     w, b = params[last + ".weight"], params[last + ".bias"]
     logits, linear_back = linear(features, w, b, need and "x" + need)
     if measure:
-        run.out.costs.append((last, w.size, _accumulates(features, w.size)))
+        run.out.costs.append((last, w.size, None))  # its input is an average
     def back(dlogits, dfeatures=None):
         dx, dw, db = linear_back(dlogits)
         if "p" in need:
@@ -486,34 +477,39 @@ def resnet(params, x, activation=relu, T=1, **mode):
     def body(run, backs):
         z, back = _layer(run, "conv1", "bn1", x, first=True)
         backs.append(lambda dz: back(dz)[0])
-        for block in sorted(set(re.findall(r"(layer\d+\.\d+)\.", " ".join(params))), key=_depth):
-            stride = 2 if block[5] > "1" and block.endswith(".0") else 1
+        for block in dict.fromkeys(".".join(k.split(".")[:2]) for k in batch_norms(params)[1:]):
+            stride = 2 if block.endswith(".0") and block != "layer1.0" else 1
             z, back_block = _residual_block(run, block, z, stride)
             backs.append(back_block)
         return z
-    return _network(body, "linear", params, activation, T, **mode)
+    return _network(body, "linear", params, x, activation, T, **mode)
 
-def vgg(params, x, activation=relu, T=1, pool=max_pool, **mode):
-    """A VGG as torchvision numbers it: conv features.N, norm N+1, activation N+2, perhaps pool N+3.
-
-    x (N, H, W, 3), H and W multiples of 32; the rest as resnet.
-    """
+def vgg(params, x, activation=relu, T=1, **mode):
+    """A VGG as torchvision numbers it: conv features.N, norm N+1, activation N+2, perhaps pool N+3;
+    H and W multiples of 32, the rest as resnet."""
     def body(run, backs):
-        convs = sorted(int(k[9:-7]) for k, w in params.items() if w.ndim == 4)
+        convs = sorted(int(k[9:-7]) for k, w in params.items() if np.ndim(w) == 4)
         z = x
         for n, following in zip(convs, convs[1:] + [0]):
             z, back = _layer(run, f"features.{n}", f"features.{n + 1}", z, first=n == 0)
             backs.append(lambda dz, back=back: back(dz)[0])
             if following != n + 3:
-                z, back = pool(z)
+                z, back = max_pool(z)
                 backs.append(back)
         return z
-    return _network(body, "classifier", params, activation, T, **mode)
+    return _network(body, "classifier", params, x, activation, T, **mode)
 
 def forward(net, x, **mode):
     """Run a Net on normalised images x (N, H, W, 3); mode, value and back as resnet."""
     family = vgg if "classifier.weight" in net.params else resnet
     return family(net.params, x, net.activation, net.T, **mode)
+
+def _one_hot(labels, n, classes, dtype):
+    """(n, classes), from n integers."""
+    labels = to_host(labels)
+    expect("labels", labels, n)
+    require(np.isin(labels, range(classes)).all(), f"labels must be integers in 0 .. {classes - 1}")
+    return xp.asarray(np.eye(classes, dtype=dtype)[labels])
 
 def generator(params, z, labels=None, need="p", activation=leaky_relu):
     """Images from latents: linear, twice (upsample, convolve), convolve, sigmoid.
@@ -521,72 +517,56 @@ def generator(params, z, labels=None, need="p", activation=leaky_relu):
     z (N, Z); labels (N,): integers, where fc has Z + classes columns. Batch norms in train mode.
     Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}.
     """
-    grads, backs, inner = {}, [], "x" + need
+    expect("z", z, None, None)
+    p, grads, backs, Z = params, {}, [], z.shape[1]
     if labels is not None:
-        one_hot = xp.eye(params["fc.weight"].shape[1] - z.shape[1], dtype=z.dtype)
-        z = xp.concatenate([z, one_hot[xp.asarray(labels)]], 1)
-
+        z = xp.concatenate([z, _one_hot(labels, len(z), p["fc.weight"].shape[1] - Z, z.dtype)], 1)
     def add(value, back, *names):  # an operator, and the names of its parameters
         def through(dy):
-            dx = back(dy)
-            if names:
-                grads.update(zip(names, dx[1:]))
-            return dx[0] if isinstance(dx, tuple) else dx
+            dx, *dparams = back(dy) if names else (back(dy),)
+            grads.update((name, g) for name, g in zip(names, dparams) if g is not None)
+            return dx
         backs.append(through)
         return value
-
-    def norm(a, name, activation):
-        gamma, beta = params[name + ".weight"], params[name + ".bias"]
-        (y, _, _), back = norm_activation(a, gamma, beta, 0, 1, activation, train=True, need=inner)
-        return add(y, back, name + ".weight", name + ".bias")
-
-    fc, fc_back = linear(z, params["fc.weight"], params["fc.bias"], inner)
-    channels = params["bn0.weight"].size
-    side = round((fc.shape[1] / channels) ** 0.5)
-    add(fc, fc_back, "fc.weight", "fc.bias")
-    y = add(fc.reshape(-1, channels, side, side).transpose(0, 2, 3, 1),
-            lambda dy: dy.transpose(0, 3, 1, 2).reshape(fc.shape))
-    y = norm(y, "bn0", identity)
-    for i in "12":
-        y = add(*upsample(y))
-        y = add(*conv2d(y, params[f"conv{i}.weight"], 1, inner), f"conv{i}.weight")
-        y = norm(y, "bn" + i, activation)
-    y = add(*conv2d(y, params["conv3.weight"], 1, inner), "conv3.weight")
-    images = add(*sigmoid(y + params["conv3.bias"]))
-    def back(dimages):
-        dy = backs.pop()(dimages)
-        grads["conv3.bias"] = dy.sum((0, 1, 2))
+    def conv_norm(y, i, activation):
+        y = add(*conv2d(y, p[f"conv{i}.weight"], 1, "x" + need), f"conv{i}.weight") if i else y
+        gamma, beta = p[f"bn{i}.weight"], p[f"bn{i}.bias"]
+        (y, _, _), back = norm_activation(y, gamma, beta, 0 * beta, 1 + 0 * beta, activation,
+                                          train=True, need="x" + need)
+        return add(y, back, f"bn{i}.weight", f"bn{i}.bias")
+    def add_bias(x, b):  # the last convolution has no batch norm after it
+        return x + b, lambda dy: (dy, dy.sum((0, 1, 2)) if "p" in need else None)
+    y = add(*linear(z, p["fc.weight"], p["fc.bias"], need), "fc.weight", "fc.bias")
+    channels = len(p["bn0.weight"])
+    shape = len(z), channels, *[round((y.shape[1] / channels) ** 0.5)] * 2
+    y = add(y.reshape(shape).transpose(0, 2, 3, 1),
+            lambda dy: dy.transpose(0, 3, 1, 2).reshape(len(z), -1))
+    y = conv_norm(y, 0, identity)
+    y = conv_norm(add(*upsample(y)), 1, activation)
+    y = conv_norm(add(*upsample(y)), 2, activation)
+    y = add(*conv2d(y, p["conv3.weight"], 1, "x" + need), "conv3.weight")
+    images = add(*sigmoid(add(*add_bias(y, p["conv3.bias"]), "conv3.bias")))
+    def back(dy):
         while backs:
             dy = backs.pop()(dy)
-        return dy, {k: g for k, g in grads.items() if g is not None}
+        return dy[:, :Z] if "x" in need else None, grads
     return images, back
-
-def _depth(name):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-def batch_norms(params):
-    """The names of the batch norms with running statistics, from the input to the output."""
-    return sorted((k[:-13] for k in params if k.endswith(".running_mean")), key=_depth)
 
 E_MAC, E_AC = 4.6e-12, 0.9e-12  # joules a float32 multiply-add, add: 45 nm (Horowitz 2014)
 
 def energy(costs, T):
-    """Joules per image, (spiking, ANN), from the costs of the Output of a student with T steps.
-
-    Batch norms folded into the convolutions, padding counted, updates of the neurons left out.
-    """
+    """Joules per image, (spiking, ANN), from Output.costs; updates of the neurons left out."""
     spiking = sum(E_MAC * macs if accumulates is None else E_AC * accumulates * T
                   for _, macs, accumulates in costs)  # Eq. (11)
     return spiking, E_MAC * sum(macs for _, macs, _ in costs)
-
 
 # ---- 5  Losses: (loss, back), back(dloss=1) -> the gradients of the arguments that carry one -----
 
 def bn_matching(a, mean, var):
     """|mu(a) - mean|_2 + |var(a) - var|_2, a layer of Eq. (3).  a (..., C).   back: dloss -> da."""
-    axes, count = tuple(range(a.ndim - 1)), a.size // a.shape[-1]
-    m = a.mean(axes)
-    gap_mean, gap_var = m - mean, a.var(axes) - var
+    expect("mean", mean, a.shape[-1])
+    m, count = channel_mean(a), a.size // a.shape[-1]
+    gap_mean, gap_var = m - mean, channel_mean((a - m) ** 2) - var
     norm_mean, norm_var = xp.sqrt((gap_mean ** 2).sum()), xp.sqrt((gap_var ** 2).sum())
     def back(dloss=1.0):
         dm = gap_mean / xp.where(norm_mean > 0, norm_mean, 1)  # the gradient of a norm at 0 is 0
@@ -596,10 +576,9 @@ def bn_matching(a, mean, var):
 
 def class_prior(t, labels=None):
     """mean_b CE(t, y), y constant: labels (B,) or argmax t.   t (B, K).   back: dloss -> dt."""
-    y = t.argmax(1) if labels is None else xp.asarray(labels)
-    require(y.shape == t.shape[:1], f"labels must be ({len(t)},) as the rows of t, are {y.shape}")
     log_p, log_back = log_softmax(t)
-    one_hot = (xp.arange(t.shape[1]) == y[:, None]).astype(t.dtype)
+    one_hot = ((xp.arange(t.shape[1]) == t.argmax(1)[:, None]).astype(t.dtype) if labels is None
+               else _one_hot(labels, *t.shape, t.dtype))
     def back(dloss=1.0):
         return log_back(-one_hot * (dloss / len(t)))
     return -(one_hot * log_p).sum() / len(t), back  # Eq. (4)
@@ -618,6 +597,7 @@ def adversarial(t, s):
 
     t, s (B, K).   back: dloss -> dt, ds.
     """
+    expect("s", s, *t.shape)
     log_t, log_s = log_softmax(t)[0], log_softmax(s)[0]
     p_t, gap = xp.exp(log_t), log_t - log_s
     kl = (p_t * gap).sum(1, keepdims=True)
@@ -633,8 +613,8 @@ def rca(f_t, f_s):
     f_t (B, D), f_s (B, D'), B >= 2.   back: dloss -> df_t, df_s.   Ours, after arXiv 2605.27409.
     """
     B = len(f_t)
-    require(B >= 2 and len(f_s) == B, "rca: f_t and f_s must have the same number of rows, 2 or "
-                                      f"more, have shapes {f_t.shape} and {f_s.shape}")
+    expect("f_s", f_s, B, None)
+    require(B >= 2, "f_t must have at least 2 rows, there is no pair of images in one")
     (c_t, back_t), (c_s, back_s) = cosine_matrix(f_t), cosine_matrix(f_s)
     gap = (c_t - c_s) * (1 - xp.eye(B, dtype=f_t.dtype))
     def back(dloss=1.0):
@@ -642,17 +622,19 @@ def rca(f_t, f_s):
         return back_t(dgap), back_s(-dgap)
     return (gap ** 2).sum() / (B * (B - 1)), back  # Eq. (7)
 
-def _normal(x):
-    return np.exp(-0.5 * x ** 2)
+def _check_tail(tau, side):
+    require(side in ("two-sided", "at-least"), f"side must be two-sided or at-least, not {side!r}")
+    require(tau > 0, f"tau must be positive, not {tau}")
 
 def _mixture(x, classes, shift):
     """A normal law, one part in classes of it shifted up; mean 0, variance 1."""
     p = 1 / classes
     sd = (1 + p * (1 - p) * shift ** 2) ** 0.5
-    return (1 - p) * _normal(x * sd + p * shift) + p * _normal(x * sd - (1 - p) * shift)
+    low, high = x * sd + p * shift, x * sd - (1 - p) * shift
+    return (1 - p) * np.exp(-0.5 * low ** 2) + p * np.exp(-0.5 * high ** 2)
 
 TAIL_LAWS = {  # density up to a factor, mean 0, variance 1
-    "normal": lambda x, classes, shift: _normal(x),
+    "normal": lambda x, classes, shift: _mixture(x, classes, 0),
     "laplace": lambda x, classes, shift: np.exp(-2 ** 0.5 * abs(x)),
     "logistic": lambda x, classes, shift: np.cosh(np.pi * x / 12 ** 0.5) ** -2.0,
     "mixture": _mixture, "deep_mixture": _mixture}
@@ -664,22 +646,20 @@ class Tail:
     kappa: tuple = (1, 2, 3)     # thresholds, in standard deviations above the mean
     tau: float = 0.25            # softness of the exceedance, in the same unit
     side: str = "two-sided"      # or "at-least": exceedance above the target is not penalised
-    shift: float = 3.0           # mixture: of the one class in K, in deviations of a class;
-                                 # deep_mixture: in the last layer, growing from 0 in the first
+    shift: float = 3.0           # of one class in K; deep_mixture: growing to it from 0 with depth
 
     def __post_init__(self):
-        require(self.side in ("two-sided", "at-least"),
-                f"side must be two-sided or at-least, not {self.side!r}")
-        require(self.tau > 0, f"tau must be positive, not {self.tau}")
+        _check_tail(self.tau, self.side)
         self.targets(1, 10)
 
+    @functools.lru_cache
     def targets(self, layers, classes):
         """pi (layers, kappas) = E sigmoid((xi - kappa)/tau), layers from input to output."""
         if self.law not in TAIL_LAWS:
             numbers = self.law.split(",")
             require(all(re.fullmatch(r"\s*0?\.\d*[1-9]\d*\s*", n) for n in numbers)
                     and len(numbers) == len(self.kappa), f"law must be {', '.join(TAIL_LAWS)}, or "
-                    f"{len(self.kappa)} numbers between 0 and 1, not {self.law!r}")
+                    f"{len(self.kappa)} numbers as 0.17 or .004, not {self.law!r}")
             return np.tile([float(n) for n in numbers], (layers, 1))
         xi = np.linspace(-40, 40, 80001)
         soft = 0.5 + 0.5 * np.tanh((xi - np.array(self.kappa)[:, None]) / (2 * self.tau))
@@ -695,14 +675,17 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", ep
     where gamma = 0. d = e - pi; side "at-least": max(0, pi - e).   pi: a number for each kappa.
     back: dloss -> da.   Ours, after arXiv 2605.27409.
     """
-    require(len(pi) == len(kappa), f"tar: pi must have {len(kappa)} entries, has {len(pi)}")
-    axes, count = tuple(range(a.ndim - 1)), a.size // a.shape[-1]
+    _check_tail(tau, side)
+    require(len(pi) == len(kappa) and all(0 < p < 1 for p in pi),
+            f"pi must be {len(kappa)} numbers between 0 and 1, not {pi}")
+    expect("gamma", gamma, a.shape[-1])
+    count = a.size // a.shape[-1]
     slope = xp.sign(gamma) / xp.sqrt(var + eps)
     h = (a - mean) * slope
     loss, terms = 0.0, []
     for k, target in zip(kappa, map(float, pi)):
         soft = _logistic((h - k) / tau)
-        d = soft.mean(axes) - target
+        d = channel_mean(soft) - target
         d = xp.minimum(d, 0) if side == "at-least" else d
         scale = 1 / (target * (1 - target) * d.size * len(kappa))
         loss = loss + (d ** 2).sum() * scale  # Eq. (8)
@@ -725,11 +708,13 @@ class Weights:
 def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tail=Tail()):
     """How good images are for distillation, and the gradient on them: for any source of images.
 
-    x (B, H, W, 3) in [0, 1], not normalised. teacher, student: Net, both run in eval mode; student
-    may be None where weights.adv = weights.rca = 0. labels: see class_prior. Returns (parts,
-    dtotal/dx): parts has the loss of each field of Weights, not weighted, and "total".
+    x (B, H, W, 3) in [0, 1], not normalised. teacher, student: Net, run in eval mode on x as the
+    teacher normalises it; no student needed where weights.adv = weights.rca = 0. labels: as in
+    class_prior. Returns (parts, dtotal/dx): parts has the loss of each field of Weights, not
+    weighted, 0.0 where the weight is 0, and "total". To compare terms: dx with other weights 0.
     """
-    require(x.ndim == 4 and x.shape[3] == 3, f"x must be (B, H, W, 3), has shape {x.shape}")
+    expect("x", x, None, None, None, 3)
+    require(x.dtype.kind == "f", f"x must hold floats between 0 and 1, not {x.dtype}")
     require(student is not None or not (weights.adv or weights.rca),
             "weights.adv and weights.rca must be 0 where student is None")
     p, layers = teacher.params, batch_norms(teacher.params)
@@ -740,48 +725,52 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
 
     def tap(layer, a):
         gamma, mean, var = (p[f"{layer}.{v}"] for v in ("weight", "running_mean", "running_var"))
-        share = gamma.size / channels  # Eq. (8) is a mean over the channels of all layers
-        backs = []
+        share = gamma.size / channels  # the mean of Eq. (8) is over the channels of all layers
         if fast(a):
             losses, back = fast_tap(a, gamma, mean, var, targets[layer], weights.bn,
                                     weights.tar * share, tail)
-            parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
-            return None, back
-        if weights.bn:
-            loss, back = bn_matching(a, mean, var)
-            parts["bn"] = parts["bn"] + loss
-            backs.append((back, weights.bn))
-        if weights.tar:
-            loss, back = tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau, tail.side)
-            parts["tar"] = parts["tar"] + loss * share
-            backs.append((back, weights.tar * share))
-        return None, lambda: sum(back(weight) for back, weight in backs)
+        else:
+            bn, bn_back = bn_matching(a, mean, var) if weights.bn else (0.0, lambda dloss: 0.0)
+            exceed, tar_back = (tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau,
+                                    tail.side) if weights.tar else (0.0, lambda dloss: 0.0))
+            losses = bn, exceed
+            back = lambda: bn_back(weights.bn) + tar_back(weights.tar * share)
+        parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
+        return None, back
 
     normal, normal_back = normalise(x, teacher.mean, teacher.std)
-    t, t_back = forward(teacher, normal, tap=tap, need="x")
-    parts["oh"], oh_back = class_prior(t.logits, labels)
-    parts["bal"], bal_back = balance(t.logits)
-    dt, dt_features, dx = oh_back(weights.oh) + bal_back(weights.bal), None, 0
+    t, t_back = forward(teacher, normal, tap=tap if weights.bn or weights.tar else None, need="x")
+    dt, dt_features, dx = xp.zeros_like(t.logits), None, 0
+    if weights.oh:
+        parts["oh"], back = class_prior(t.logits, labels)
+        dt = dt + back(weights.oh)
+    if weights.bal:
+        parts["bal"], back = balance(t.logits)
+        dt = dt + back(weights.bal)
     if weights.adv or weights.rca:
         s, s_back = forward(student, normal, need="x")
-        parts["adv"], adv_back = adversarial(t.logits, s.logits)
-        dt_adv, ds = adv_back(weights.adv)
-        parts["rca"], rca_back = rca(t.features, s.features)
-        dt_features, ds_features = rca_back(weights.rca)
-        dt, dx = dt + dt_adv, s_back(ds, ds_features)[0]
+        ds, ds_features = xp.zeros_like(s.logits), None
+        if weights.adv:
+            parts["adv"], back = adversarial(t.logits, s.logits)
+            dt_adv, ds = back(weights.adv)
+            dt = dt + dt_adv
+        if weights.rca:
+            parts["rca"], back = rca(t.features, s.features)
+            dt_features, ds_features = back(weights.rca)
+        dx = s_back(ds, ds_features)[0]
     dx = dx + t_back(dt, dt_features)[0]
     parts["total"] = sum(getattr(weights, k) * loss for k, loss in parts.items())  # Eq. (9)
     return parts, normal_back(dx)
 
 def distillation_loss(t, s, tau=4.0):
     """tau^2 mean_b KL(softmax(t/tau) || softmax(s/tau)), t constant (B, K).   back: dloss -> ds."""
-    require(t.shape == s.shape, f"t and s must have the same shape, have {t.shape} and {s.shape}")
+    expect("s", s, *t.shape)
+    require(tau > 0, f"tau must be positive, not {tau}")
     log_t, log_s = log_softmax(t / tau)[0], log_softmax(s / tau)[0]
     p_t = xp.exp(log_t)
     def back(dloss=1.0):
         return (xp.exp(log_s) - p_t) * (dloss * tau / len(t))
     return tau ** 2 * (p_t * (log_t - log_s)).sum() / len(t), back  # Eq. (10)
-
 
 # ---- 6  Optimisers: update params and state in place, for every name in grads --------------------
 
@@ -806,10 +795,30 @@ def cosine(step, steps, lr, warm_up=0):
     """Learning rate at a step: linear up to lr over warm_up steps, then half a cosine to 0."""
     if step < warm_up:
         return lr * (step + 1) / warm_up
-    return 0.5 * lr * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
+    done = min(1, (step - warm_up) / max(1, steps - warm_up))
+    return 0.5 * lr * (1 + float(np.cos(np.pi * done)))
 
 
 # ---- 7  Data -------------------------------------------------------------------------------------
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import pathlib
+import sys
+import tarfile
+import threading
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 class UserError(Exception):
     """An expected failure: one sentence that says what and how to mend it."""
@@ -1255,6 +1264,10 @@ class Config:
 SCHEDULES = {  # epochs, of which warm-up; synthesis and distillation steps an epoch; batch
     "quick": dict(epochs=20, warm_up=4, synthesis_steps=12, distill_steps=30, batch=128),
     "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
+
+def draw_augmentation(rng, n, pad=4):
+    """Random (offsets, flips) for n images, from a numpy Generator."""
+    return rng.integers(0, 2 * pad + 1, (n, 2)), rng.random(n) < 0.5
 
 def synthesis_step(weights_of, state, z, labels, augmentation, teacher, student, weights, tail, lr):
     """One Adam step of a generator on Eq. (9).   -> images before augmentation, parts. In place."""
@@ -2053,6 +2066,11 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1
 
     Keeps a and z; membranes are computed again.
     """
+    expect("gamma", gamma, a.shape[-1])
+    require(float(v_th) > 0, f"v_th must be positive, not {v_th}")
+    require(first or len(a) % T == 0, f"T must divide the {len(a)} rows, is {T}")
+    require(len(a.reshape(-1, a.shape[-1])) > 1 or not train,
+            "x must have more than one value a channel in train mode")
     tapped, tap_back = tap(a) if tap else (None, None)
     dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
     if train:
@@ -2145,31 +2163,33 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1
 
         def part(i, j):
             lif_back(i, j) if neuron else act_back(i, j)
+            sums = None
             if train or "p" in need:
                 product, sums = scratch("product", da[0, i:j].shape, dtype), np.zeros((2, C))
                 for d, x in zip(da[:, i:j], v[:, i:j]):
                     sums += _sum(d, C), _sum(np.multiply(d, x, out=product), C)
-                return sums
+            if not train:
+                np.multiply(da[:, i:j], scale, out=dy[:, i:j])
+            return sums
+        dy = da if sc is None else np.empty_like(da)
         parts = parallel(part, v.shape[1], chunk)
         dbeta, dgamma = sum(parts) if train or "p" in need else (0, 0)
         dgamma = (dgamma - mean * dbeta) * inv
         dshortcut = None if sc is None else da.reshape(shortcut.shape)
-        da, k = da.reshape(flat.shape), gamma * inv / count
-        dy = da if sc is None else np.empty_like(da)
-        if "x" in need:
+        da, dy, k = da.reshape(flat.shape), dy.reshape(flat.shape), gamma * inv / count
+        if train and "x" in need:
             linear, offset = row(-k * dgamma * inv), row(k * (dgamma * inv * mean - dbeta))
 
             def finish(i, j):
                 np.multiply(da[i:j], scale, out=dy[i:j])
-                if train:
-                    t = np.multiply(flat[i:j], linear, out=scratch("a", dy[i:j].shape, dtype))
-                    t += offset
-                    dy[i:j] += t
+                t = np.multiply(flat[i:j], linear, out=scratch("a", dy[i:j].shape, dtype))
+                t += offset
+                dy[i:j] += t
             parallel(finish, len(flat), chunk_n)
-            if tap:
-                dy += tap_back().reshape(dy.shape)
+        if tap:
+            dy += tap_back().reshape(dy.shape)
         params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
-        return dy.reshape(a.shape) if "x" in need else None, *params, dshortcut
+        return dy.reshape(a.shape), *params, dshortcut
     return (z.reshape(-1, *a.shape[1:]), running, tapped), back
 
 # -- taps of the synthesis step
@@ -2195,7 +2215,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     d = np.minimum(e - pi, 0) if tail.side == "at-least" else e - pi
     gaps = m - mean, b - var
     norms = [np.sqrt((gap ** 2).sum()) for gap in gaps]
-    l_bn, l_tar = sum(norms), (d ** 2 / (pi * (1 - pi))).mean() if levels else 0.0
+    l_bn, l_tar = sum(norms) if w_bn else 0.0, (d ** 2 / (pi * (1 - pi))).mean() if levels else 0.0
 
     def back():
         dm, db = (w_bn / count * gap / (norm or 1) for gap, norm in zip(gaps, norms))
