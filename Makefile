@@ -16,7 +16,7 @@ test: $(VENV)/ready
 	$(RUN) -m pytest -q test_stars.py
 
 torture: $(VENV)/ready
-	$(RUN) -m pytest -q -s test_stars.py --torture
+	STARS_TORTURE=1 $(RUN) -m pytest -q -s test_stars.py -k torture
 
 # PyTorch, only to compare with: its tests and its column in the benchmark are skipped without it
 peer: $(VENV)/ready

@@ -96,6 +96,7 @@ def conv2d(x, w, stride=1, need="xp"):
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
     require(stride in (1, 2), f"stride must be 1 or 2, not {stride!r}")
+    require(set(need) <= {"x", "p"}, f"need must be made of x and p, not {need!r}")
     if fast(x):
         return fast_conv2d(x, w, stride, need)
     (N, H, W, C), (K, _, R, S) = x.shape, w.shape
@@ -103,7 +104,6 @@ def conv2d(x, w, stride=1, need="xp"):
     padded = xp.pad(x, ((0, 0), (P, P), (Q, Q), (0, 0)))
     def window(a, r, s):  # the part of a padded array that w[:, :, r, s] multiplies
         return a[:, r:r + H:stride, s:s + W:stride]
-
     y = sum(window(padded, r, s) @ w[:, :, r, s].T for r, s in np.ndindex(R, S))
     kept = padded if "p" in need else None
     def back(dy):
@@ -192,6 +192,7 @@ def linear(x, w, b, need="xp"):
 
 def global_average_pool(x):
     """y_nc = mean_hw x_nhwc.   x (N, H, W, C) -> y (N, C).   back: dy -> dx."""
+    expect("x", x, None, None, None, None)
     N, H, W, C = x.shape
     return x.mean((1, 2)), lambda dy: xp.broadcast_to((dy / (H * W))[:, None, None], x.shape)
 
@@ -678,7 +679,8 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", ep
     _check_tail(tau, side)
     require(len(pi) == len(kappa) and all(0 < p < 1 for p in pi),
             f"pi must be {len(kappa)} numbers between 0 and 1, not {pi}")
-    expect("gamma", gamma, a.shape[-1])
+    for name, vector in (("gamma", gamma), ("mean", mean), ("var", var)):
+        expect(name, vector, a.shape[-1])
     count = a.size // a.shape[-1]
     slope = xp.sign(gamma) / xp.sqrt(var + eps)
     h = (a - mean) * slope
@@ -722,7 +724,6 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
     targets = dict(zip(layers, tail.targets(len(layers), classes)))
     channels = sum(p[layer + ".weight"].size for layer in layers)
     parts = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0)
-
     def tap(layer, a):
         gamma, mean, var = (p[f"{layer}.{v}"] for v in ("weight", "running_mean", "running_var"))
         share = gamma.size / channels  # the mean of Eq. (8) is over the channels of all layers
@@ -737,7 +738,6 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
             back = lambda: bn_back(weights.bn) + tar_back(weights.tar * share)
         parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
         return None, back
-
     normal, normal_back = normalise(x, teacher.mean, teacher.std)
     t, t_back = forward(teacher, normal, tap=tap if weights.bn or weights.tar else None, need="x")
     dt, dt_features, dx = xp.zeros_like(t.logits), None, 0

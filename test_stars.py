@@ -1,0 +1,1536 @@
+"""Tests of stars.py: gradients against finite differences, equations against their definitions.
+
+A check is a function of a module, `check(S, ...)`. `make test` runs it on stars, with arguments
+drawn by hypothesis, and on mutants of stars, which it must fail. All in float64 on the CPU.
+
+    1  finite differences, and the tests of the tester
+    2  operators           5  losses            8  mutants
+    3  spiking neuron      6  optimisers        9  fast paths, GPU parity
+    4  networks            7  arguments, devices, imports
+"""
+import ast
+import copy
+import importlib.util
+import itertools
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import stars
+
+settings.register_profile("stars", max_examples=12, deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("stars")
+SOURCE = Path(stars.__file__).read_text()
+CHECKS = {}  # name -> check(S): what a mutant has to pass to survive
+CLOSING = []  # lines of the closing output
+
+def checks(**draws):
+    """Make check(S, ...) a test of stars, its arguments drawn, and of mutants, by its defaults."""
+    def register(check):
+        def test(**drawn):
+            check(stars, **drawn)
+        test = given(**draws)(test) if draws else lambda: check(stars)
+        test.__name__ = test.__qualname__ = "test_" + check.__name__
+        globals()[test.__name__], CHECKS[check.__name__] = test, check
+        return check
+    return register
+
+SEED = st.integers(0, 2 ** 32 - 1)
+FEW, SIDE, ODD = st.integers(1, 4), st.integers(1, 7), st.sampled_from((1, 3, 5))
+
+@pytest.fixture(scope="session", autouse=True)
+def closing(request):
+    class Closing:
+        def pytest_terminal_summary(self, terminalreporter):
+            for line in CLOSING:
+                terminalreporter.write_line(line)
+    request.config.pluginmanager.register(Closing())
+
+# ---- 1  Finite differences -----------------------------------------------------------------------
+
+def fixed(a):
+    """A copy that nothing can write to."""
+    a = np.array(a)
+    a.setflags(write=False)
+    return a
+
+def normal(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    arrays = [fixed(rng.normal(size=shape)) for shape in shapes]
+    return arrays if len(arrays) > 1 else arrays[0]
+
+def away_from_zero(x):
+    return fixed(np.sign(x) * (0.1 + abs(x)))
+
+def distinct(seed, *shape):
+    size = math.prod(shape)
+    return fixed(np.random.default_rng(seed).permutation(size).reshape(shape) / size - 0.4)
+
+def unit(a):
+    return a / (np.sqrt((a * a).sum()) or 1)
+
+def gradient_errors(f, args, h=1e-5):
+    """Relative errors of back along one direction for each argument, and along a joint one.
+
+    f(*args) -> value, back. The loss is a random projection of the value; its derivatives are
+    central differences of fourth order. A direction is random, but tilted towards the gradient:
+    no derivative is small by accident, so an error is relative to the derivative, nothing else.
+    """
+    rng = np.random.default_rng(271828)  # no seed of the arguments
+    args = [fixed(a) for a in args]
+    value, back = f(*args)
+    projection = fixed(rng.normal(size=np.shape(value)))
+    grads = back(projection)
+    grads = grads if isinstance(grads, (tuple, list)) else (grads,)
+    assert [g.shape for g in grads] == [a.shape for a in args]
+    directions = []
+    for g in grads:
+        d = unit(rng.normal(size=g.shape))
+        directions.append(unit(unit(g) + (d if (d * g).sum() >= 0 else -d)))
+
+    def error(directions):
+        analytic = sum((g * d).sum() for g, d in zip(grads, directions))
+        step = h * np.clip(max(abs(analytic), 1e-9) ** -0.5, 0.1, 3)  # short where it is steep
+        at = {i: f(*(a + i * step * d for a, d in zip(args, directions)))[0]
+              for i in (-2, -1, 1, 2)}
+        numeric = ((8 * (at[1] - at[-1]) - (at[2] - at[-2])) * projection).sum() / (12 * step)
+        return abs(analytic - numeric) / max(abs(analytic), abs(numeric))
+
+    with np.errstate(invalid="ignore"):  # 0 / 0: an argument without any effect is an error
+        return [error([d * (i == j) for j, d in enumerate(directions)]) for i in range(len(args))
+                ] + [error(directions)]
+
+def assert_gradient(f, *args, tol=1e-7):
+    errors = gradient_errors(f, args)
+    assert all(error <= tol for error in errors), [f"{error:.1e}" for error in errors]
+
+def assert_close(a, b, tol=1e-12):
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    assert np.isfinite(a).all() and abs(a - b).max() <= tol * max(1e-30, abs(b).max()), (a, b)
+
+def assert_adjoint(f, x):
+    """<A x, v> = <x, A' v>."""
+    y, back = f(x)
+    v = normal(1, y.shape)
+    assert abs((y * v).sum() - (x * back(v)).sum()) <= 1e-13 * np.sqrt((y * y).sum() * v.size)
+
+@pytest.mark.parametrize("wrong, scale", [(0, 1), (1, 1), (0, 1e-9), (1, 1e-9)])
+def test_the_tester_sees_a_gradient_wrong_by_one_in_ten_thousand(wrong, scale):
+    def f(x, w, factor):
+        y, back = stars.linear(np.tanh(x), w, np.zeros(3))
+        def scaled(dy):
+            dx, dw, _ = back(scale * dy)
+            dx = dx * (1 - np.tanh(x) ** 2)
+            return dx * (factor if wrong == 0 else 1), dw * (factor if wrong == 1 else 1)
+        return scale * y, scaled
+    args = normal(0, (4, 5), (3, 5))
+    assert max(gradient_errors(lambda x, w: f(x, w, 1), args)) < 1e-8
+    errors = gradient_errors(lambda x, w: f(x, w, 1.0001), args)
+    assert errors[wrong] > 5e-5 and errors[1 - wrong] < 1e-8 and errors[2] > 1e-6
+    assert gradient_errors(lambda x, w: f(x, w, 0), args)[wrong] == 1
+    assert gradient_errors(lambda x, w: f(x, w, -1), args)[wrong] > 1
+
+def test_the_tester_sees_an_argument_without_effect():
+    assert gradient_errors(lambda x: (x[:1], lambda d: 0 * x), [[1., 2]]) == [1, 1]
+    with pytest.raises(AssertionError):
+        assert_gradient(lambda x: (np.zeros(3), lambda d: 0 * x), [1., 2])
+
+def test_the_tester_sees_a_back_that_writes():
+    def f(x):
+        def back(dy):
+            dy *= 2
+            return dy
+        return 2 * x, back
+    with pytest.raises(ValueError, match="read-only"):
+        assert_gradient(f, [1., 2])
+
+# ---- 2  Operators --------------------------------------------------------------------------------
+
+@checks(N=FEW, H=SIDE, W=SIDE, C=FEW, K=FEW, R=ODD, Q=ODD, d=st.sampled_from((1, 2)), seed=SEED)
+def conv2d_is_a_direct_sum(S, N=2, H=6, W=5, C=3, K=2, R=3, Q=5, d=2, seed=0):
+    x, w = normal(seed, (N, H, W, C), (K, C, R, Q))
+    expected = np.zeros((N, -(-H // d), -(-W // d), K))
+    for n, i, j, k in np.ndindex(expected.shape):
+        for r, s in np.ndindex(R, Q):
+            row, column = i * d + r - R // 2, j * d + s - Q // 2
+            if 0 <= row < H and 0 <= column < W:
+                expected[n, i, j, k] += x[n, row, column] @ w[k, :, r, s]
+    assert_close(S.conv2d(x, w, d)[0], expected)
+
+@checks(N=FEW, H=SIDE, W=SIDE, C=FEW, K=FEW, R=ODD, Q=ODD, d=st.sampled_from((1, 2)), seed=SEED)
+def conv2d_gradient(S, N=2, H=6, W=5, C=3, K=2, R=3, Q=5, d=2, seed=0):
+    x, w = normal(seed, (N, H, W, C), (K, C, R, Q))
+    for w in (w, w.transpose(0, 1, 3, 2)):
+        assert_gradient(lambda x, w: S.conv2d(x, w, d), x, w)
+    assert_adjoint(lambda x: (S.conv2d(x, w, d)[0], lambda dy: S.conv2d(x, w, d)[1](dy)[0]), x)
+    assert_adjoint(lambda w: (S.conv2d(x, w, d)[0], lambda dy: S.conv2d(x, w, d)[1](dy)[1]), w)
+
+def batch_norm_case(seed, shape):
+    x, gamma, beta, mean, var = normal(seed, shape, *[shape[-1:]] * 4)
+    return 1 + 2 * x, gamma, beta, mean, 0.5 + var ** 2
+
+SHAPES = st.sampled_from(((8, 3), (3, 4, 2), (2, 3, 4, 3), (2, 2, 3, 2, 1)))
+
+@checks(shape=SHAPES, seed=SEED)
+def batch_norm_is_its_definition(S, shape=(2, 3, 4, 3), seed=0):
+    x, gamma, beta, mean, var = batch_norm_case(seed, shape)
+    for train in (False, True):
+        (y, running, tapped), _ = S.batch_norm(x, gamma, beta, mean, var, train)
+        assert tapped is None
+        for c in range(shape[-1]):
+            values = x[..., c].ravel().tolist()
+            m = sum(values) / len(values)
+            squares = sum((value - m) ** 2 for value in values)
+            if train:
+                v, unbiased = squares / len(values), squares / (len(values) - 1)
+                assert_close(running[0][c], 0.9 * mean[c] + 0.1 * m)
+                assert_close(running[1][c], 0.9 * var[c] + 0.1 * unbiased)
+            else:
+                m, v = mean[c], var[c]
+                assert (running[0][c], running[1][c]) == (m, v)
+            expected = [gamma[c] * (value - m) / math.sqrt(v + 1e-5) + beta[c] for value in values]
+            assert_close(y[..., c].ravel(), expected)
+
+@checks(shape=SHAPES, seed=SEED)
+def batch_norm_gradient(S, shape=(2, 3, 4, 3), seed=0):
+    x, gamma, beta, mean, var = batch_norm_case(seed, shape)
+    for train in (False, True):
+        def f(x, gamma, beta):
+            (y, _, _), back = S.batch_norm(x, gamma, beta, mean, var, train)
+            return y, back
+        assert_gradient(f, x, gamma, beta)
+
+        def tapped(x, gamma, beta):
+            dloss = []
+            tap = lambda a: (np.sin(a).sum(), lambda: dloss[0] * np.cos(a))
+            (y, _, loss), back = S.batch_norm(x, gamma, beta, mean, var, train, tap)
+            def both(d):
+                dloss.append(d[0])
+                return back(d[1:].reshape(y.shape))
+            return np.append(loss, y), both
+        assert_gradient(tapped, x, gamma, beta)
+
+@checks(N=FEW, D=FEW, K=FEW, seed=SEED)
+def linear_is_its_definition(S, N=3, D=4, K=2, seed=0):
+    x, w, b = map(away_from_zero, normal(seed, (N, D), (K, D), (K,)))
+    expected = [[sum(x[n, d] * w[k, d] for d in range(D)) + b[k] for k in range(K)]
+                for n in range(N)]
+    assert_close(S.linear(x, w, b)[0], expected)
+    assert_gradient(S.linear, x, w, b)
+    assert_adjoint(lambda x: (S.linear(x, w, 0 * b)[0], lambda d: S.linear(x, w, b)[1](d)[0]), x)
+
+def by_element(f, shape):
+    return np.array([f(*index) for index in np.ndindex(*shape)]).reshape(shape)
+
+@checks(N=FEW, H=FEW, W=FEW, C=FEW, T=FEW, more=st.integers(0, 5), seed=SEED)
+def linear_operators_are_their_definitions(S, N=2, H=2, W=3, C=2, T=3, more=3, seed=0):
+    rng = np.random.default_rng(seed)
+    h, w, K, low = 2 * H, 2 * W, C + more, more // 2
+    x, odd, long = normal(seed, (N, h, w, C), (N, h - 1, w - 1, C), (T * N, h, C))
+    std = rng.uniform(0.5, 2, C)
+    zero, mean = np.zeros(C), rng.normal(size=C)
+    pad = int(rng.integers(0, min(h, w)))  # some of each image stays in view
+    offsets, flips = S.draw_augmentation(rng, N, pad)
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def kept(x):
+        return lambda n, i, j, k: x[n, 2 * i, 2 * j, k - low] if 0 <= k - low < C else 0
+
+    def cropped(n, i, j, c):
+        return padded[n, i + offsets[n, 0], (w - 1 - j if flips[n] else j) + offsets[n, 1], c]
+
+    for f, x_, shape, element in (
+            (S.identity, x, x.shape, lambda *index: x[index]),
+            (S.global_average_pool, x, (N, C),
+             lambda n, c: sum(x[n, i, j, c] for i, j in np.ndindex(h, w)) / (h * w)),
+            (S.avg_pool, x, (N, H, W, C), lambda n, i, j, c: sum(
+                x[n, 2 * i + r, 2 * j + s, c] for r, s in np.ndindex(2, 2)) / 4),
+            (S.upsample, x, (N, 2 * h, 2 * w, C), lambda n, i, j, c: x[n, i // 2, j // 2, c]),
+            (lambda a: S.shortcut_a(a, K), x, (N, H, W, K), kept(x)),
+            (lambda a: S.shortcut_a(a, K), odd, (N, H, W, K), kept(odd)),
+            (lambda a: S.repeat_over_time(a, T), x, (T * N, h, w, C),
+             lambda n, i, j, c: x[n % N, i, j, c]),
+            (lambda a: S.mean_over_time(a, T), long, (N, h, C),
+             lambda n, i, c: sum(long[t * N + n, i, c] for t in range(T)) / T),
+            (lambda a: S.normalise(a, zero, std), x, x.shape, lambda *i: x[i] / std[i[-1]]),
+            (lambda a: S.augment(a, offsets, flips, pad), x, x.shape, cropped)):
+        assert_close(f(x_)[0], by_element(element, shape))
+        assert_adjoint(f, x_)
+        assert_gradient(f, x_)
+    assert_close(S.normalise(x, mean, std)[0], by_element(
+        lambda n, i, j, c: (x[n, i, j, c] - mean[c]) / std[c], x.shape))
+
+@checks(N=FEW, K=st.integers(2, 5), seed=SEED)
+def nonlinear_operators_are_their_definitions(S, N=3, K=4, seed=0):
+    x = np.array(away_from_zero(normal(seed, (N, K))))
+    x[0, 0] = 0.7  # one at least that relu lets through
+    total = lambda n: sum(math.exp(v) for v in x[n])
+    for f, element in (
+            (S.relu, lambda v, n: max(0, v)),
+            (S.leaky_relu, lambda v, n: v if v > 0 else v / 5),
+            (lambda x: S.leaky_relu(x, 0.3), lambda v, n: v if v > 0 else 0.3 * v),
+            (S.sigmoid, lambda v, n: 1 / (1 + math.exp(-v))),
+            (S.softmax, lambda v, n: math.exp(v) / total(n)),
+            (S.log_softmax, lambda v, n: v - math.log(total(n)))):
+        assert_close(f(x)[0], by_element(lambda n, k: element(x[n, k], n), x.shape))
+        assert_gradient(f, x)
+    assert_close(S.softmax(x + 2000)[0], S.softmax(x)[0])
+    assert S.sigmoid(np.array([-2000., 2000]))[0].tolist() == [0, 1]
+
+@checks(N=FEW, H=FEW, W=FEW, C=FEW, seed=SEED)
+def max_pool_is_its_definition(S, N=2, H=2, W=3, C=2, seed=0):
+    x = distinct(seed, N, 2 * H, 2 * W, C)
+    assert_close(S.max_pool(x)[0], by_element(
+        lambda n, i, j, c: x[n, 2 * i:2 * i + 2, 2 * j:2 * j + 2, c].max(), (N, H, W, C)))
+    assert_gradient(S.max_pool, x)
+
+@checks(B=st.integers(2, 5), D=st.integers(2, 5), seed=SEED)
+def cosine_matrix_is_its_definition(S, B=4, D=3, seed=0):
+    f = normal(seed, (B, D))
+    expected = by_element(lambda i, j: f[i] @ f[j] / math.dist(f[i], 0 * f[i])
+                          / math.dist(f[j], 0 * f[j]), (B, B))
+    assert_close(S.cosine_matrix(f)[0], expected)
+    assert_gradient(S.cosine_matrix, f)
+
+@checks()
+def relu_has_gradient_zero_at_zero(S):
+    y, back = S.relu(fixed([-1., -0., 0, 2]))
+    assert y.tolist() == [0, 0, 0, 2] and back(np.full(4, 3.)).tolist() == [0, 0, 0, 3]
+
+@checks()
+def leaky_relu_has_its_slope_at_zero(S):
+    y, back = S.leaky_relu(fixed([-1., -0., 0, 2]), 0.25)
+    assert y.tolist() == [-.25, 0, 0, 2] and back(np.full(4, 4.)).tolist() == [1, 1, 1, 4]
+
+@checks()
+def the_first_of_equals_wins_the_pool(S):
+    windows = fixed([[[[1., 1], [1, 1]]], [[[0., 1], [1, 1]]], [[[0., 0], [1, 1]]]])
+    y, back = S.max_pool(windows.reshape(3, 2, 2, 1))
+    assert y.ravel().tolist() == [1, 1, 1]
+    assert back(np.full((3, 1, 1, 1), 5.)).reshape(3, 4).tolist() == [
+        [5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0]]
+
+@checks()
+def cosines_with_a_zero_vector_are_zero_without_gradient(S):
+    f = np.array(normal(0, (4, 3)))
+    f[1] = 0
+    y, back = S.cosine_matrix(fixed(f))
+    df = back(normal(1, (4, 4)))
+    assert not y[1].any() and not y[:, 1].any() and not df[1].any() and np.isfinite(df).all()
+    assert_close(y[np.ix_([0, 2, 3], [0, 2, 3])], S.cosine_matrix(f[[0, 2, 3]])[0])
+    def others(rest):
+        matrix, back = S.cosine_matrix(np.insert(rest, 1, 0, axis=0))
+        return matrix, lambda d: back(d)[[0, 2, 3]]
+    assert_gradient(others, f[[0, 2, 3]])
+
+def operator_cases(S, seed=0):
+    """(name, f, arguments), f -> (value, back): every operator and loss, away from its kinks."""
+    draw = lambda *shape: normal(seed + math.prod(shape), shape)
+    x, f, g = away_from_zero(draw(3, 4, 6, 2)), draw(4, 5), draw(4, 6)
+    vectors = [*normal(seed, (2,), (2,), (2,)), fixed([0.7, 1.6])]
+    offsets, flips = np.array([[0, 1], [8, 4], [3, 7]]), np.array([True, False, True])
+    weights, bias = normal(seed, (3, 2, 3, 3), (5,))
+    def norm(train):
+        def f(x, gamma, beta, mean, var):
+            (y, _, _), back = S.batch_norm(x, gamma, beta, mean, var, train)
+            return y, lambda dy: back(dy)
+        return f
+    def neuron(*options):
+        return lambda current: S.lif(current, 3, 0.8, 1.3, S.Neuron(*options))
+    return [
+        ("conv2d", S.conv2d, (x, weights)), ("conv2d/2", lambda x, w: S.conv2d(x, w, 2),
+                                            (x, weights)),
+        ("batch_norm eval", norm(False), (x, *vectors)),
+        ("batch_norm train", norm(True), (x, *vectors)),
+        ("relu", S.relu, (x,)), ("leaky_relu", S.leaky_relu, (x,)), ("sigmoid", S.sigmoid, (x,)),
+        ("linear", S.linear, (f, draw(5, 5), bias)), ("max_pool", S.max_pool, (x,)),
+        ("global_average_pool", S.global_average_pool, (x,)), ("avg_pool", S.avg_pool, (x,)),
+        ("upsample", S.upsample, (x,)), ("shortcut_a", lambda x: S.shortcut_a(x, 5), (x,)),
+        ("softmax", S.softmax, (f,)), ("log_softmax", S.log_softmax, (f,)),
+        ("cosine_matrix", S.cosine_matrix, (f,)),
+        ("repeat_over_time", lambda x: S.repeat_over_time(x, 2), (x,)),
+        ("mean_over_time", lambda x: S.mean_over_time(x, 3), (x,)),
+        ("normalise", lambda x: S.normalise(x, (0.4, 0.5), (0.2, 0.3)), (x,)),
+        ("augment", lambda x: S.augment(x, offsets, flips), (x,)),
+        *((f"lif {reset} {surrogate} {detach}", neuron(0.6, reset, 0.3, surrogate, detach), (x,))
+          for reset in ("hard", "soft") for surrogate in S.SURROGATES for detach in (True, False)),
+        ("bn_matching", S.bn_matching, (x, *vectors[2:])), ("class_prior", S.class_prior, (f,)),
+        ("balance", S.balance, (f,)), ("adversarial", S.adversarial, (f, f + 0.1 * draw(4, 5))),
+        ("rca", S.rca, (f, g)), ("distillation_loss", S.distillation_loss, (f, draw(5, 5)[:4])),
+        ("tar", lambda a, *v: S.tar(a, *v, (0.2, 0.1, 0.02)), (x, *vectors[:1], *vectors[2:]))]
+
+def outputs(f, args):
+    """The value, and the gradients for a fixed projection of it, in the dtype of the arguments."""
+    value, back = f(*args)
+    grads = back(args[0].dtype.type(1.5) * stars.xp.ones_like(value))
+    return [value, *(grads if isinstance(grads, tuple) else (grads,))]
+
+def test_float32_stays_float32_and_agrees_with_float64():
+    for name, f, args in operator_cases(stars):
+        single = outputs(f, [a.astype(np.float32) for a in args])
+        for low, high in zip(single, outputs(f, args), strict=True):
+            assert low.dtype == np.float32 and high.dtype == np.float64, name
+            assert abs(low - high).max() <= 2e-5 * max(abs(high).max(), 1), name
+
+@checks()
+def skipped_gradients_are_none_and_the_others_unchanged(S):
+    x, w = normal(0, (2, 4, 4, 3), (5, 3, 3, 3))
+    gamma, beta, mean, var = batch_norm_case(0, (2, 3))[1:]
+    flat, weight, bias = normal(1, (4, 5), (3, 5), (3,))
+    for f, args in ((S.conv2d, (x, w)), (S.linear, (flat, weight, bias)),
+                    *((lambda *a, need="xp", train=train: (lambda v, back: (v[0], back))(
+                        *S.batch_norm(*a, mean, var, train, need=need)), (x, gamma, beta))
+                      for train in (False, True))):
+        value, back = f(*args)
+        dy = normal(2, value.shape)
+        full = back(dy)
+        for need in ("xp", "px", "x", "p", ""):
+            same, back = f(*args, need=need)
+            assert (same == value).all()
+            for g, whole, wanted in zip(back(dy), full, ("x", "p", "p"), strict=False):
+                assert (g == whole).all() if wanted in need else g is None
+
+# ---- 3  Spiking neuron ---------------------------------------------------------------------------
+
+SLOPES = {"sigmoid": lambda x: 4 * math.exp(-4 * x) / (1 + math.exp(-4 * x)) ** 2,
+          "atan": lambda x: 1 / (1 + (math.pi * x) ** 2),
+          "triangle": lambda x: max(0, 1 - abs(x))}
+
+def neurons(S, lam, v_init, detached=(True, False)):
+    for reset, surrogate, detach in itertools.product(("hard", "soft"), SLOPES, detached):
+        yield S.Neuron(lam, reset, v_init, surrogate, detach)
+
+def lif_by_hand(current, T, V, A, neuron, train=None, spike=lambda x: 1.0 if x >= 0 else 0.0):
+    """Eq. (1), a neuron and a step at a time -> z and its train: (s, u) of each neuron and step.
+
+    With a train: its frozen linearisation s + g'((u0 - V)/V)/V (u - u0), whose derivative is
+    Eq. (2); a detached reset sees the s of the train.
+    """
+    steps, met = current.reshape(T, -1), {}
+    z = np.zeros(steps.shape)
+    for n in range(steps.shape[1]):
+        u, s = neuron.v_init * V, 0.0
+        for t in range(T):
+            u = neuron.lam * (u * (1 - s) if neuron.reset == "hard" else u - V * s) + steps[t, n]
+            if train:
+                s0, u0 = train[t, n]
+                s = s0 + SLOPES[neuron.surrogate]((u0 - V) / V) / V * (u - u0)
+            else:
+                s = spike((u - V) / V)
+            z[t, n], met[t, n] = A * s, (s, u)
+            s = s0 if train and neuron.detach_reset else s
+    return z.reshape(current.shape), met
+
+LIF = dict(T=st.integers(1, 5), shape=st.sampled_from(((2, 3), (1, 2, 1, 2), (3,))),
+           lam=st.sampled_from((0.0, 0.5, 0.9, 1.0)), v_init=st.sampled_from((0.0, 0.5, 1.2)),
+           V=st.sampled_from((0.4, 1.0, 1.7)), A=st.sampled_from((0.6, 1.0, 2.5)), seed=SEED)
+
+def currents(seed, T, shape, V, lam, v_init):
+    current = np.array(V * (0.5 + normal(seed, (T * shape[0], *shape[1:]))))
+    current.flat[0] = 0.8 * V * (1 - lam * v_init)  # one u at least in reach of every surrogate
+    return fixed(current)
+
+@checks(**LIF)
+def lif_is_equation_1(S, T=4, shape=(2, 3), lam=0.5, v_init=0.5, V=1.7, A=0.6, seed=0):
+    current = currents(seed, T, shape, V, lam, v_init)
+    for neuron in neurons(S, lam, v_init):
+        assert_close(S.lif(current, T, V, A, neuron)[0] + 1,
+                     lif_by_hand(current, T, V, A, neuron)[0] + 1)
+        primitive = S.SURROGATES[neuron.surrogate][0]  # of which each u can be seen
+        assert_close(S.lif(current, T, V, A, neuron, primitive)[0],
+                     lif_by_hand(current, T, V, A, neuron, None, primitive)[0], 1e-11)
+
+@checks(**LIF)
+def lif_gradient_of_a_smooth_spike(S, T=4, shape=(2, 3), lam=0.5, v_init=0.5, V=1.7, A=0.6, seed=0):
+    current = currents(seed, T, shape, V, lam, v_init)
+    for neuron in neurons(S, lam, v_init, detached=(False,)):
+        primitive = S.SURROGATES[neuron.surrogate][0]
+        assert_gradient(lambda c: S.lif(c, T, V, A, neuron, primitive), current)
+
+def assert_surrogate_gradient(S, current, T, V, A, neuron):
+    train = lif_by_hand(current, T, V, A, neuron)[1]
+    back = S.lif(current, T, V, A, neuron)[1]
+    assert_gradient(lambda c: (lif_by_hand(c, T, V, A, neuron, train)[0], back), current)
+
+@checks(**LIF)
+def lif_gradient_at_real_spikes(S, T=4, shape=(2, 3), lam=0.5, v_init=0.5, V=1.7, A=0.6, seed=0):
+    current = currents(seed, T, shape, V, lam, v_init)
+    for neuron in neurons(S, lam, v_init):
+        assert_surrogate_gradient(S, current, T, V, A, neuron)
+
+@checks(V=st.sampled_from((0.3, 1.0, 1.7)), A=st.sampled_from((0.6, 2.5)))
+def lif_spikes_at_its_threshold_and_not_below(S, V=1.7, A=0.6):
+    first = [V, np.nextafter(V, 0), np.nextafter(V, np.inf)]
+    for neuron in neurons(S, 0.5, 0.0):
+        for second in (0.0, 0.6 * V, V):
+            current = fixed([first, [second] * 3, [0.9 * V] * 3])
+            z = S.lif(current, 3, V, A, neuron)[0]
+            assert z[0].tolist() == [A, 0, A]
+            assert_close(z + 1, lif_by_hand(current, 3, V, A, neuron)[0] + 1)
+            assert_surrogate_gradient(S, current, 3, V, A, neuron)
+
+@checks(seed=SEED)
+def surrogates_are_the_slopes_of_their_primitives(S, seed=0):
+    x = 3 * normal(seed, (20,))
+    assert set(S.SURROGATES) == set(SLOPES)
+    for name, (primitive, slope) in S.SURROGATES.items():
+        assert_close(slope(x), [SLOPES[name](v) for v in x], 1e-11)
+        assert_gradient(lambda x: (primitive(x), lambda dy: dy * slope(x)),
+                        fixed(np.append(x.clip(-.9, .9), 0.3)))
+        assert primitive(0.0) == 0.5 and abs(primitive(1e9) - 1) < 1e-9 > abs(primitive(-1e9))
+        assert abs(primitive(x) + primitive(-x) - 1).max() < 1e-15
+
+class FrozenSpikes:
+    """An activation: real spikes in the first pass, their frozen linearisation in later ones."""
+    def __init__(self, S, T, neuron, V=1.0, A=1.0):
+        self.args, self.S, self.train = (T, V, A, neuron, self.spike), S, []
+        self.slope, self.replay = S.SURROGATES[neuron.surrogate][1], None
+    def again(self):
+        self.replay = iter(self.train) if self.train else None
+        return self
+    def spike(self, x):
+        if self.replay is None:
+            self.train.append((x, (x >= 0) * 1.0))
+            return self.train[-1][1]
+        x0, s0 = next(self.replay)
+        return s0 + self.slope(x0) * (x - x0)
+    def __call__(self, current):
+        return self.S.lif(current, *self.args)
+
+# ---- 4  Networks ---------------------------------------------------------------------------------
+
+def smooth(x):
+    """A stack of relus has a kink near every draw; a stack of these has none."""
+    y = np.tanh(x)
+    return y, lambda dy: dy * (1 - y * y)
+
+FAMILIES = {  # name: (arguments of weight_shapes, side of the image)
+    "option A": (("resnet8", 3, 2, False), 8), "projection": (("resnet8", 3, 2, True), 8),
+    "resnet18": (("resnet18", 3, 2), 16), "vgg11": (("vgg11", 3, 2), 32)}
+
+def weights_of(S, shapes, seed=0):
+    """Weights with nothing left at 1 or 0: norms of both signs, statistics that move things."""
+    rng = np.random.default_rng(seed)
+    params = S.init_weights(shapes, rng, np.float64)
+    for name, value in params.items():
+        if value.ndim == 1:
+            value = value + 0.4 * rng.normal(size=value.shape)
+            if name.endswith("var"):
+                value = 0.4 + abs(value)
+            elif name.endswith("weight"):
+                value *= rng.choice([-1, 1, 1, 1], value.shape)
+        last = name in ("linear.weight", "classifier.weight")
+        params[name] = fixed(value * (5 if last else 1))  # so that not all images look alike
+    return params
+
+def net_of(S, family, activation, T=1, seed=0):
+    params = weights_of(S, S.weight_shapes(*FAMILIES[family][0]), seed)
+    return S.Net(params, activation, T, (0.4, 0.5, 0.45), (0.25, 0.2, 0.3))
+
+def images_of(family, n=3, seed=0):
+    side = FAMILIES[family][1]
+    return fixed(np.random.default_rng(seed).random((n, side, side, 3)))
+
+def smooth_spikes(S, T, detach=False):
+    """A neuron with the primitive of its surrogate for a spike: time, reset and BPTT, no kink."""
+    neuron = S.Neuron(0.7, "soft", 0.3, "sigmoid", detach)
+    primitive = S.SURROGATES["sigmoid"][0]
+    return lambda current: S.lif(current, T, 0.9, 1.2, neuron, primitive)
+
+def trainable(params):
+    return [name for name in params if "running" not in name]
+
+def assert_network_gradient(S, net, x, tol=1e-6, train=True):
+    """Logits and features, to the pixels and to every weight."""
+    names = trainable(net.params)
+    def f(x, *values):
+        if isinstance(net.activation, FrozenSpikes):
+            net.activation.again()
+        params = {**net.params, **dict(zip(names, values))}
+        out, back = S.forward(net._replace(params=params), x, train=train)
+        def both(d):
+            dx, grads = back(d[:, :3], d[:, 3:])
+            assert set(grads) == set(names)
+            return dx, *(grads[name] for name in names)
+        return np.concatenate([out.logits, out.features], 1), both
+    assert_gradient(f, x, *(net.params[name] for name in names), tol=tol)
+
+def network_gradient(family, *modes):
+    def check(S):
+        for train, T in modes:
+            activation = smooth_spikes(S, T) if T > 1 else smooth
+            assert_network_gradient(S, net_of(S, family, activation, T), images_of(family), 1e-6,
+                                    train)
+    check.__name__ = "network_gradient_" + family.replace(" ", "_")
+    return checks()(check)
+
+for _family in FAMILIES:
+    network_gradient(_family, (True, 3), *[(False, 1), (False, 2), (True, 1)]
+                     [:3 if "resnet18" not in _family else 1])
+
+@checks()
+def network_gradient_at_real_spikes(S):
+    for reset in ("hard", "soft"):
+        neuron = S.Neuron(0.8, reset, 0.4, "atan", False)
+        for train in (False, True):
+            frozen = FrozenSpikes(S, 3, neuron, 0.8, 1.3)
+            assert_network_gradient(S, net_of(S, "option A", frozen, 3), images_of("option A"),
+                                    train=train)
+            assert 0.1 < np.concatenate([s.ravel() for _, s in frozen.train]).mean() < 0.9
+
+def simulate(S, net, x):
+    """A student in eval mode as it would run in hardware: one step after the other, joules counted.
+
+    Returns logits, features, {layer: firing rate}, joules an image of Eq. (11), and of the ANN.
+    """
+    p, neuron, state, fired = net.params, net.activation, {}, {}
+    joules = {"spiking": 0.0, "ann": 0.0}
+    def count(name, inputs, macs, t, spikes=True):
+        joules["ann"] += 4.6e-12 * macs * (t == 0)
+        if spikes:
+            joules["spiking"] += 0.9e-12 * macs * (inputs != 0).mean()
+        else:
+            joules["spiking"] += 4.6e-12 * macs * (t == 0)
+    def conv(name, z, stride, t, spikes=True):
+        a = S.conv2d(z, p[name + ".weight"], stride)[0]
+        macs = sum(p[name + ".weight"][k].size for _, _, k in np.ndindex(a.shape[1:]))
+        count(name, z, macs, t, spikes)
+        return a
+    def norm(name, a):
+        sd = np.sqrt(p[name + ".running_var"] + 1e-5)
+        return (a - p[name + ".running_mean"]) / sd * p[name + ".weight"] + p[name + ".bias"]
+    def fire(name, current):
+        V, A = float(p.get(name + ".v_th", 1)), float(p.get(name + ".amplitude", 1))
+        u, s = state.get(name, (neuron.v_init * V, 0))
+        u = neuron.lam * (u * (1 - s) if neuron.reset == "hard" else u - V * s) + current
+        state[name] = u, (u >= V) * 1.0
+        fired.setdefault(name, []).append((u >= V).mean())
+        return A * state[name][1]
+    def resnet(t):
+        z = fire("bn1", norm("bn1", conv("conv1", x, 1, t, spikes=False)))
+        for stage, block in itertools.product(range(1, 5), range(2)):
+            name = f"layer{stage}.{block}"
+            if name + ".conv1.weight" not in p:
+                continue
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = fire(name + ".bn1", norm(name + ".bn1", conv(name + ".conv1", z, stride, t)))
+            if name + ".shortcut.0.weight" in p:
+                z = norm(name + ".shortcut.1", conv(name + ".shortcut.0", z, stride, t))
+            else:
+                z = z[:, ::stride, ::stride]
+                extra = p[name + ".conv2.weight"].shape[0] - z.shape[3]
+                z = np.pad(z, ((0, 0),) * 3 + ((extra // 2, extra - extra // 2),))
+                joules["spiking"] += 0.9e-12 * (z != 0).sum() / len(z)
+            z = fire(name + ".bn2", z + norm(name + ".bn2", conv(name + ".conv2", y, 1, t)))
+        return z
+    def vgg(t):
+        z, n, binary = x, 0, False
+        for convs in (1, 1, 2, 2, 2):
+            for _ in range(convs):
+                a = norm(f"features.{n + 1}", conv(f"features.{n}", z, 1, t, spikes=binary))
+                z, n, binary = fire(f"features.{n + 1}", a), n + 3, True
+            N, H, W, C = z.shape
+            z, n = z.reshape(N, H // 2, 2, W // 2, 2, C).max((2, 4)), n + 1
+        return z
+    body, last = (resnet, "linear") if "conv1.weight" in p else (vgg, "classifier")
+    features = np.mean([body(t).mean((1, 2)) for t in range(net.T)], 0)
+    w = p[last + ".weight"]
+    count(last, features, w.size, 0, spikes=False)
+    rates = {name: np.mean(shares) for name, shares in fired.items()}
+    return (features @ w.T + p[last + ".bias"], features, rates, joules["spiking"], joules["ann"])
+
+@checks()
+def students_and_energy_are_their_simulation(S):
+    for family, reset in itertools.product(FAMILIES, ("hard", "soft")):
+        net = net_of(S, family, S.Neuron(0.8, reset, 0.5), 3)
+        thresholds = {}
+        for i, name in enumerate(S.batch_norms(net.params)):
+            thresholds[name + ".v_th"] = 0.6 + 0.1 * (i % 5)
+            thresholds[name + ".amplitude"] = np.array(0.8 + 0.2 * (i % 3))
+        net = net._replace(params=net.params | thresholds)
+        x = normal(5, images_of(family).shape)
+        if family == "option A":  # an image of two values is no spike train
+            x = fixed((x > 0) * 2.0)
+        out, _ = S.forward(net, x, need="", measure=True)
+        logits, features, rates, joules, ann = simulate(S, net, x)
+        assert_close(out.logits, logits)
+        assert_close(out.features, features)
+        assert out.rates.keys() == rates.keys()
+        assert_close([out.rates[k] for k in rates], [*rates.values()])
+        assert 0.02 < np.mean([*rates.values()]) < 0.9
+        assert_close(S.energy(out.costs, net.T), (joules, ann))
+
+@checks()
+def teachers_are_students_of_one_step_with_relu(S):
+    for family in FAMILIES:
+        net, x = net_of(S, family, S.relu), images_of(family)
+        always = lambda a: S.lif(a, 1, 1, 1, S.Neuron(), lambda drive: np.maximum(drive + 1, 0))
+        assert_close(S.forward(net, x)[0].logits,
+                     S.forward(net._replace(activation=always), x)[0].logits)
+
+@checks()
+def batch_statistics_are_taken_over_images_and_steps(S):
+    """Train mode is eval mode at the statistics of the batch, and returns the next ones."""
+    for family, T in (("option A", 3), ("projection", 1), ("vgg11", 2)):
+        net, x = net_of(S, family, smooth_spikes(S, T), T), images_of(family)
+        inputs = {}
+        out, _ = S.forward(net, x, train=True, tap=lambda layer, a: (inputs.update({layer: a}) or
+                                                                     layer, lambda: 0))
+        assert list(inputs) and set(inputs) == set(S.batch_norms(net.params)) == set(out.tapped)
+        assert all(out.tapped[layer] == layer for layer in inputs)
+        assert [len(a) for a in inputs.values()] == [3] + [3 * T] * (len(inputs) - 1)
+        own = {}
+        for layer, a in inputs.items():
+            a = a.reshape(-1, a.shape[-1])
+            for name, value, next_value in (("running_mean", a.mean(0), a.mean(0)),
+                                            ("running_var", a.var(0), a.var(0, ddof=1))):
+                own[f"{layer}.{name}"] = value
+                assert_close(out.running[f"{layer}.{name}"],
+                             0.9 * net.params[f"{layer}.{name}"] + 0.1 * next_value)
+        same, _ = S.forward(net._replace(params=net.params | own), x)
+        assert_close(out.logits, same.logits, 1e-10)
+        assert same.running == {} == same.tapped == same.rates and same.costs == []
+
+@checks()
+def networks_skip_gradients_and_take_taps(S):
+    for family in ("option A", "projection", "vgg11"):
+        net, x = net_of(S, family, smooth), images_of(family)
+        dlogits = normal(3, (3, 3))
+        tap = lambda layer, a: ((a * a).sum(), lambda: 2 * a)
+        dx, grads = S.forward(net, x, tap=tap)[1](dlogits)
+        only_x = S.forward(net, x, tap=tap, need="x")[1](dlogits)
+        only_p = S.forward(net, x, tap=tap, need="p")[1](dlogits)
+        assert (only_x[0] == dx).all() and only_x[1] == {} and only_p[0] is None
+        assert grads.keys() == only_p[1].keys() == set(trainable(net.params))
+        assert all((grads[k] == only_p[1][k]).all() for k in grads)
+        def tapped(x):
+            out, _ = S.forward(net, x, tap=tap)
+            return ((out.logits * dlogits).sum() + sum(out.tapped.values()), lambda d: d * dx)
+        assert_gradient(tapped, x, tol=1e-6)
+
+def generator_case(S, size=8, classes=0, n=4, seed=0):
+    params = weights_of(S, S.generator_shapes(size, 4, 5, classes), seed)
+    return params, normal(seed + 1, (n, 5)), np.arange(n) % classes if classes else None
+
+@checks()
+def generator_is_its_layers(S):
+    for size, classes in ((8, 0), (32, 3), (64, 0)):
+        p, z, labels = generator_case(S, size, classes)
+        y = np.concatenate([z, np.eye(3)[labels]], 1) if classes else z
+        y = (y @ p["fc.weight"].T + p["fc.bias"]).reshape(len(z), 4, size // 4, size // 4)
+        y = y.transpose(0, 2, 3, 1)
+        for i in range(3):
+            if i:
+                y = S.conv2d(y.repeat(2, 1).repeat(2, 2), p[f"conv{i}.weight"])[0]
+            y = (y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-5)
+            y = y * p[f"bn{i}.weight"] + p[f"bn{i}.bias"]
+            y = np.where(y > 0, y, 0.2 * y) if i else y
+        y = S.conv2d(y, p["conv3.weight"])[0] + p["conv3.bias"]
+        images, _ = S.generator(p, z, labels)
+        assert images.shape == (len(z), size, size, 3)
+        assert_close(images, 1 / (1 + np.exp(-y)))
+
+@checks()
+def generator_gradient(S):
+    for size, classes in ((8, 0), (16, 3)):
+        params, z, labels = generator_case(S, size, classes)
+        def f(z, *values):
+            p = dict(zip(params, values))
+            images, back = S.generator(p, z, labels, "xp", smooth)
+            def both(d):
+                dz, grads = back(d)
+                assert grads.keys() == params.keys()
+                return dz, *(grads[name] for name in params)
+            return images, both
+        assert_gradient(f, z, *params.values(), tol=1e-6)
+
+@checks()
+def a_generator_gives_the_gradients_that_are_wanted(S):
+    for classes in (0, 3):
+        params, z, labels = generator_case(S, 8, classes)
+        d = normal(9, (4, 8, 8, 3))
+        dz, grads = S.generator(params, z, labels, "xp")[1](d)
+        only_z, none = S.generator(params, z, labels, "x")[1](d)
+        assert dz.shape == z.shape and (only_z == dz).all() and none == {}
+        only_p = S.generator(params, z, labels)[1](d)[1]
+        assert only_p.keys() == params.keys() and all((only_p[k] == grads[k]).all() for k in grads)
+
+# ---- 5  Losses -----------------------------------------------------------------------------------
+
+def entropy_terms(logits):
+    """Rows of log softmax, by their definition."""
+    return [[v - math.log(sum(math.exp(u) for u in row)) for v in row] for row in logits.tolist()]
+
+B_K = dict(B=st.integers(2, 5), K=st.integers(2, 5), seed=SEED)
+
+@checks(shape=SHAPES, seed=SEED)
+def bn_matching_is_equation_3(S, shape=(2, 3, 4, 3), seed=0):
+    a, _, _, mean, var = batch_norm_case(seed, shape)
+    rows = a.reshape(-1, shape[-1])
+    mu = [sum(column) / len(rows) for column in rows.T]
+    sigma = [sum((v - m) ** 2 for v in column) / len(rows) for column, m in zip(rows.T, mu)]
+    assert_close(S.bn_matching(a, mean, var)[0], math.dist(mu, mean) + math.dist(sigma, var))
+    assert_gradient(lambda a: S.bn_matching(a, mean, var), a)
+
+@checks()
+def a_norm_at_zero_has_gradient_zero(S):
+    a, mean, var = fixed([[1., 5], [3, 9]]), np.array([2., 7]), np.array([1., 4])
+    loss, back = S.bn_matching(a, mean, var)
+    assert loss == 0 and not back(1.0).any()
+    loss, back = S.bn_matching(a, mean, var - [3, 4])  # only the mean matches
+    assert loss == 5 and assert_close(back(1.0), (a - mean) * [0.6, 0.8]) is None
+    loss, back = S.bn_matching(a, mean - [3, 4], var)  # only the variance
+    assert loss == 5 and assert_close(back(1.0), [[0.3, 0.4]] * 2) is None
+
+@checks(**B_K)
+def class_prior_is_equation_4(S, B=4, K=3, seed=0):
+    t = distinct(seed, B, K) * 5
+    log_p = entropy_terms(t)
+    labels = np.random.default_rng(seed).integers(0, K, B)
+    assert_close(S.class_prior(t)[0], -sum(max(row) for row in log_p) / B)
+    assert_close(S.class_prior(t, labels)[0], -sum(log_p[b][labels[b]] for b in range(B)) / B)
+    assert_gradient(S.class_prior, t)
+    assert_gradient(lambda t: S.class_prior(t, labels), t)
+
+@checks(**B_K)
+def balance_is_equation_5(S, B=4, K=3, seed=0):
+    t = fixed(normal(seed, (B, K)) + 3 * (np.arange(K) == 0))  # well away from the even balance
+    p = [sum(math.exp(row[k]) for row in entropy_terms(t)) / B for k in range(K)]
+    assert_close(S.balance(t)[0], sum(v * math.log(v) for v in p))
+    assert_gradient(S.balance, t)
+    loss, back = S.balance(fixed([[2000., 0], [2000., 0]]))  # a class that nobody is in
+    assert loss == 0 and np.isfinite(back(1.0)).all()
+
+def half_agreeing(seed, B, K):
+    """Logits whose argmax agrees in the even rows and not in the odd ones."""
+    t, s = map(np.array, normal(seed, (B, K), (B, K)))
+    for b, row in enumerate(s):
+        winner, wanted = row.argmax(), (t[b].argmax() + b % 2) % K
+        row[[winner, wanted]] = row[[wanted, winner]]
+        row[wanted] += 0.1
+        t[b, t[b].argmax()] += 0.5
+    return fixed(t), fixed(s)
+
+@checks(**B_K)
+def adversarial_is_equation_6(S, B=5, K=3, seed=0):
+    t, s = half_agreeing(seed, B, K)
+    log_t, log_s = entropy_terms(t), entropy_terms(s)
+    kl = [sum(math.exp(u) * (u - v) for u, v in zip(*rows)) for rows in zip(log_t, log_s)]
+    assert_close(S.adversarial(t, s)[0] - 1, -sum(kl[::2]) / B - 1)
+    assert_gradient(S.adversarial, t, s)
+
+@checks()
+def rows_that_disagree_are_masked_from_the_adversary(S):
+    t, s = half_agreeing(0, 4, 3)
+    loss, back = S.adversarial(t, s)
+    alone, back_alone = S.adversarial(t[::2], s[::2])
+    assert loss == alone / 2 and S.adversarial(t[1::2], s[1::2])[0] == 0
+    for d, d_alone in zip(back(1.0), back_alone(1.0)):
+        assert not d[1::2].any() and (d[::2] == d_alone / 2).all() and d_alone.any()
+    tie = fixed([[1., 1, 0]])  # of equal logits the first counts
+    assert S.adversarial(tie, fixed([[3., 2, 0]]))[0] < 0 == S.adversarial(
+        tie, fixed([[2., 3, 0]]))[0]
+
+@checks(B=st.integers(2, 5), D=st.integers(2, 5), E=st.integers(2, 5), seed=SEED)
+def rca_is_equation_7(S, B=4, D=3, E=5, seed=0):
+    f_t, f_s = normal(seed, (B, D), (B, E))
+    cos = lambda f, i, j: f[i] @ f[j] / (math.hypot(*f[i]) * math.hypot(*f[j]))
+    pairs = [(i, j) for i, j in np.ndindex(B, B) if i != j]
+    assert_close(S.rca(f_t, f_s)[0],
+                 sum((cos(f_t, i, j) - cos(f_s, i, j)) ** 2 for i, j in pairs) / len(pairs))
+    assert_gradient(S.rca, f_t, f_s)
+
+@checks()
+def rca_leaves_out_dead_features_and_the_diagonal(S):
+    f_t, f_s = normal(0, (4, 3), (4, 5))
+    dead = fixed(f_s * [[0], [1], [1], [1]])
+    loss, back = S.rca(f_t, dead)  # cos_S of row 0 is 0, on the diagonal as well, where cos_T is 1
+    unit_t, unit_s = (f / np.sqrt((f * f).sum(1) + (f == 0).all(1))[:, None] for f in (f_t, dead))
+    gaps = (unit_t @ unit_t.T - unit_s @ unit_s.T)[~np.eye(4, dtype=bool)]
+    assert_close(loss, (gaps ** 2).mean())
+    df_t, df_s = back(1.0)
+    assert not df_s[0].any() and df_t[0].any() and np.isfinite(df_s).all()
+    def f(f_t, rest):
+        loss, back = S.rca(f_t, np.insert(rest, 0, 0, axis=0))
+        return loss, lambda d: (back(d)[0], back(d)[1][1:])
+    assert_gradient(f, f_t, dead[1:])
+
+TAR = dict(shape=SHAPES, tau=st.sampled_from((0.5, 1.0)), seed=SEED)
+
+def exceedances(a, gamma, mean, var, kappa, tau):
+    """e_ck of Eq. (8), one value after the other."""
+    rows, e = a.reshape(-1, a.shape[-1]), []
+    for c, k in itertools.product(range(a.shape[-1]), kappa):
+        h = [np.sign(gamma[c]) * (v - mean[c]) / math.sqrt(var[c] + 1e-5) for v in rows[:, c]]
+        e.append((sum(1 / (1 + math.exp((k - v) / tau)) for v in h) / len(h)))
+    return e
+
+@checks(**TAR)
+def tar_is_equation_8(S, shape=(2, 3, 4, 3), tau=0.5, seed=0):
+    a, gamma, _, mean, var = batch_norm_case(seed, shape)
+    kappa, pi = (0.5, 1.0, 2), (0.3, 0.16, 0.03)
+    e = exceedances(a, gamma, mean, var, kappa, tau)
+    target = list(pi) * shape[-1]
+    for side, d in (("two-sided", [v - p for v, p in zip(e, target)]),
+                    ("at-least", [max(0, p - v) for v, p in zip(e, target)])):
+        expected = sum(v * v / (p * (1 - p)) for v, p in zip(d, target)) / len(e)
+        loss, back = S.tar(a, gamma, mean, var, pi, kappa, tau, side)
+        assert_close(loss + 1e-3, expected + 1e-3)
+        if not any(d):
+            assert not back(1.0).any()
+        elif min(abs(v - p) for v, p in zip(e, target)) > 1e-3:  # away from the kink of max(0, .)
+            assert_gradient(lambda a: S.tar(a, gamma, mean, var, pi, kappa, tau, side), a)
+
+@checks()
+def tar_of_a_dead_channel_is_finite(S):
+    gamma, zero = np.ones(2), np.zeros(2)
+    a = fixed([[0., 0], [0, 1e-3], [0, 2e-3]])  # channel 0 stays at its mean
+    loss, back = S.tar(a, gamma, zero, zero, (0.16,), (1,))
+    assert np.isfinite(loss) and back(1.0)[:, 0].any() and np.isfinite(back(1.0)).all()
+    e = 1 / (1 + math.exp(4))
+    assert_close(S.tar(a[:, :1], gamma[:1], zero[:1], zero[:1], (0.16,), (1,))[0],
+                 (e - 0.16) ** 2 / (0.16 * 0.84))
+    assert_gradient(lambda b: (lambda loss, back: (loss, lambda d: 1e-3 * back(d)))(
+        *S.tar(1e-3 * b, gamma, zero, zero, (0.16,), (1,))), 1e3 * a)
+
+@checks()
+def tar_looks_towards_firing_by_the_sign_of_gamma(S):
+    a, _, _, mean, var = batch_norm_case(0, (5, 3))
+    gamma = np.array([1.5, -0.5, 0])
+    args = (mean, var, (0.2, 0.05), (1, 2))
+    loss, back = S.tar(a, gamma, *args)
+    mirrored = fixed(np.where(gamma < 0, 2 * mean - a, np.where(gamma == 0, mean, a)))
+    same, back_same = S.tar(mirrored, np.ones(3), *args)
+    assert_close(loss, same)
+    assert_close(back(1.0), back_same(1.0) * np.sign(gamma))
+    assert not back(1.0)[:, 2].any()
+    assert_gradient(lambda a: S.tar(a, gamma, *args), a)
+
+@checks()
+def tar_at_least_forgives_what_exceeds(S):
+    ones, zero = np.ones(1), np.zeros(1)
+    high, low = fixed(np.full((4, 1), 3.)), fixed([[-1.], [0], [0.5], [1]])
+    loss, back = S.tar(high, ones, zero, ones, (0.2,), (1,), side="at-least")
+    assert loss == 0 and not back(1.0).any()
+    for side in ("at-least", "two-sided"):
+        assert_close(S.tar(low, ones, zero, ones, (0.6,), (1,), side=side)[0],
+                     S.tar(low, ones, zero, ones, (0.6,), (1,))[0])
+    assert_gradient(lambda a: S.tar(a, ones, zero, ones, (0.6,), (1,), side="at-least"), low)
+    assert S.tar(high, ones, zero, ones, (0.2,), (1,))[1](1.0).any()
+
+@checks()
+def tail_targets_are_expectations_under_their_law(S):
+    kappa, tau, K, shift = (0.5, 1, 2.5), 0.3, 4, 2.0
+    x = np.arange(-60, 60, 1 / 256) + 1 / 512
+    normal = lambda x, m=0, sd=1: np.exp(-((x - m) / sd) ** 2 / 2) / (sd * math.sqrt(2 * math.pi))
+    b = math.sqrt(3) / math.pi
+    def mixture(shift):
+        sd = 1 / math.sqrt(1 + shift ** 2 * (K - 1) / K ** 2)
+        low, high = -shift * sd / K, shift * sd * (K - 1) / K
+        density = (1 - 1 / K) * normal(x, low, sd) + normal(x, high, sd) / K
+        assert abs((density * x ** 2).sum() / 256 - 1) < 1e-12 > abs((density * x).sum())
+        return density
+    laws = {"normal": [normal(x)], "laplace": [np.exp(-math.sqrt(2) * abs(x)) / math.sqrt(2)],
+            "logistic": [1 / (4 * b * np.cosh(x / (2 * b)) ** 2)], "mixture": [mixture(shift)],
+            "deep_mixture": [normal(x), mixture(shift / 2), mixture(shift)]}
+    assert set(laws) == set(S.TAIL_LAWS)
+    for law, densities in laws.items():
+        expected = [[(d * (0.5 + 0.5 * np.tanh((x - k) / (2 * tau)))).sum() / 256 for k in kappa]
+                    for d in densities]
+        layers = len(densities)
+        assert_close(S.Tail(law, kappa, tau, shift=shift).targets(layers, K), expected, 1e-6)
+    assert_close(S.Tail().targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
+    assert S.Tail("0.2, .04,0.01").targets(2, 10).tolist() == [[0.2, 0.04, 0.01]] * 2
+
+@checks(**B_K)
+def distillation_is_equation_10(S, B=4, K=3, seed=0):
+    t, s = normal(seed, (B, K), (B, K))
+    for tau in (1, 4, 2.5):
+        rows = zip(entropy_terms(t / tau), entropy_terms(s / tau))
+        expected = tau ** 2 / B * sum(math.exp(u) * (u - v) for r in rows for u, v in zip(*r))
+        assert_close(S.distillation_loss(t, s, tau)[0], expected, 1e-11)
+        assert_gradient(lambda s: S.distillation_loss(t, s, tau), s)
+
+TERMS = ("bn", "oh", "bal", "adv", "rca", "tar")
+
+def pair_of(S, family, T=2):  # student and teacher agree on some of the images: Eq. (6) is not 0
+    seed = {"projection": 34}.get(family, 1)
+    return net_of(S, family, smooth), net_of(S, family, smooth_spikes(S, T), T, seed)
+
+@checks()
+def synthesis_parts_are_the_losses(S):
+    for family, law in (("option A", "deep_mixture"), ("vgg11", "0.2,0.04,0.01")):
+        (teacher, student), x = pair_of(S, family), images_of(family, 4)
+        tail, labels = S.Tail(law, tau=0.3), np.array([0, 2, 1, 1])
+        inputs, p, layers = {}, teacher.params, S.batch_norms(teacher.params)
+        t, _ = S.forward(teacher, (x - teacher.mean) / teacher.std,
+                         tap=lambda layer, a: (inputs.update({layer: a}), lambda: 0))
+        s, _ = S.forward(student, (x - teacher.mean) / teacher.std)
+        assert list(inputs) == layers
+        vectors = {layer: [p[f"{layer}.{v}"] for v in ("weight", "running_mean", "running_var")]
+                   for layer in layers}
+        terms = []
+        for layer, pi in zip(layers, tail.targets(len(layers), 3)):
+            e = np.reshape(exceedances(inputs[layer], *vectors[layer], (1, 2, 3), 0.3), (-1, 3))
+            terms.extend(((e - pi) ** 2 / (pi * (1 - pi))).ravel())
+        expected = {"bn": sum(S.bn_matching(inputs[k], *v[1:])[0] for k, v in vectors.items()),
+                    "oh": S.class_prior(t.logits, labels)[0], "bal": S.balance(t.logits)[0],
+                    "adv": S.adversarial(t.logits, s.logits)[0], "tar": sum(terms) / len(terms),
+                    "rca": S.rca(t.features, s.features)[0]}
+        weights = S.Weights(2, 3, 5, 7, 11, 13)
+        parts, _ = S.synthesis_loss(x, teacher, student, weights, labels, tail)
+        for name in TERMS:
+            assert_close(parts[name], expected[name], 1e-10)
+        assert_close(parts["total"],
+                     sum(w * expected[k] for k, w in zip(TERMS, (2, 3, 5, 7, 11, 13))))
+        for name in TERMS:  # without its weight a layer loss is not computed, nor is the student
+            parts, _ = S.synthesis_loss(x, teacher, None, S.Weights(
+                **dict.fromkeys(TERMS, 0) | {name: 0 if name in ("adv", "rca") else 1}))
+            assert all(parts[k] == 0 for k in ("bn", "adv", "rca", "tar") if k != name)
+
+@checks()
+def synthesis_gradient_to_the_pixels(S):
+    for family in FAMILIES:
+        (teacher, student), x = pair_of(S, family), images_of(family, 4)
+        assert S.synthesis_loss(x, teacher, student)[0]["adv"] < 0
+        for weights, labels, side in (
+                (S.Weights(), None, "two-sided"), (S.Weights(), [0, 2, 1, 1], "at-least"),
+                *((S.Weights(**dict.fromkeys(TERMS, 0) | {name: 1}), None, "two-sided")
+                  for name in TERMS if family == "option A")):
+            def f(x):
+                parts, dx = S.synthesis_loss(x, teacher, student, weights, labels,
+                                             S.Tail(side=side))
+                return parts["total"], lambda d: d * dx
+            assert_gradient(f, x, tol=1e-6)
+
+@checks()
+def synthesis_gradient_at_real_spikes(S):
+    teacher, x = net_of(S, "option A", smooth), images_of("option A", 4)
+    for detach in (True, False):
+        neuron = S.Neuron(0.8, "soft", 0.4, "atan", detach)
+        frozen = FrozenSpikes(S, 3, neuron, 0.8, 1.3)
+        student = net_of(S, "option A", frozen, 3, seed=1)
+        weights = S.Weights(0, 0, 0, 1, 10, 0)
+        def f(x):
+            frozen.again()
+            parts, dx = S.synthesis_loss(x, teacher, student, weights)
+            return parts["total"], lambda d: d * dx
+        if detach:  # the derivative of the frozen network follows the reset: another gradient
+            assert min(gradient_errors(f, [x])) > 1e-4
+        else:
+            assert_gradient(f, x, tol=1e-6)
+
+def synthesis_gradient_to_the_generator(family, classes):
+    def check(S):
+        (teacher, student), size = pair_of(S, family), FAMILIES[family][1]
+        seed = 6 if family == "vgg11" else 5  # no pool near a tie
+        params, z, labels = generator_case(S, size, classes, seed=seed)
+        offsets, flips = S.draw_augmentation(np.random.default_rng(3), len(z), 2)
+        def f(*values):
+            images, back = S.generator(dict(zip(params, values)), z, labels, activation=smooth)
+            images, augment_back = S.augment(images, offsets, flips, 2)
+            parts, dx = S.synthesis_loss(images, teacher, student, labels=labels)
+            assert parts["adv"] < 0
+            def both(d):
+                grads = back(d * augment_back(dx))[1]
+                return [grads[name] for name in params]
+            return parts["total"], both
+        assert_gradient(f, *params.values(), tol=1e-6)
+    check.__name__ = f"synthesis_gradient_to_the_generator_{family}_{classes}".replace(" ", "_")
+    return checks()(check)
+
+for _family, _classes in zip(FAMILIES, (0, 3, 0, 3)):
+    synthesis_gradient_to_the_generator(_family, _classes)
+
+def distillation_gradient(family):
+    def check(S):
+        student, x = pair_of(S, family)[1], images_of(family, 4)
+        names, t = trainable(student.params), normal(3, (4, 3))
+        def f(*values):
+            net = student._replace(params={**student.params, **dict(zip(names, values))})
+            out, back = S.forward(net, x, train=True, need="p")
+            loss, loss_back = S.distillation_loss(t, out.logits)
+            def both(d):
+                grads = back(loss_back(d))[1]
+                return [grads[name] for name in names]
+            return loss, both
+        assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
+    check.__name__ = "distillation_gradient_" + family.replace(" ", "_")
+    return checks()(check)
+
+for _family in FAMILIES:
+    distillation_gradient(_family)
+
+# ---- 6  Optimisers -------------------------------------------------------------------------------
+
+OPTIONS = dict(lr=st.floats(0.01, 1), momentum=st.floats(0, 0.99), nesterov=st.booleans(),
+               decay=st.sampled_from((0.0, 0.1)), seed=SEED)
+
+@checks(**OPTIONS)
+def sgd_is_its_formula(S, lr=0.1, momentum=0.8, nesterov=True, decay=0.1, seed=0):
+    w, *grads = normal(seed, (2, 3), (2, 3), (2, 3), (2, 3))
+    params, state = {"w": w.copy(), "other": np.ones(2)}, {}
+    updated, expected, velocity = params["w"], w.copy(), None
+    for g in grads:
+        S.sgd(params, {"w": g}, state, lr, momentum, nesterov, decay)
+        for i in np.ndindex(2, 3):
+            whole = g[i] + decay * expected[i]
+            if velocity is None or i not in velocity:
+                velocity = {**(velocity or {}), i: whole}
+            else:
+                velocity[i] = momentum * velocity[i] + whole
+            expected[i] -= lr * (whole + momentum * velocity[i] if nesterov else velocity[i])
+        assert_close(params["w"], expected)
+    assert params["w"] is updated and params["other"].tolist() == [1, 1]
+
+@checks(lr=st.floats(1e-3, 1), beta=st.floats(0, 0.99), seed=SEED)
+def adam_is_its_formula(S, lr=0.1, beta=0.5, seed=0):
+    w, *grads = normal(seed, (2, 3), (2, 3), (2, 3), (2, 3))
+    params, state, expected = {"w": w.copy()}, {}, w.copy()
+    updated, m, v = params["w"], np.zeros((2, 3)), np.zeros((2, 3))
+    for t, g in enumerate(grads, 1):
+        S.adam(params, {"w": g}, state, lr, (beta, 0.99), 1e-3)
+        for i in np.ndindex(2, 3):
+            m[i] = beta * m[i] + (1 - beta) * g[i]
+            v[i] = 0.99 * v[i] + 0.01 * g[i] ** 2
+            expected[i] -= lr * (m[i] / (1 - beta ** t)) / (
+                math.sqrt(v[i] / (1 - 0.99 ** t)) + 1e-3)
+        assert_close(params["w"], expected, 1e-10)
+    assert params["w"] is updated
+
+@checks()
+def cosine_schedule_is_its_formula(S):
+    rates = [S.cosine(step, 10, 0.8, 4) for step in range(11)]
+    assert_close(rates[:5], [0.2, 0.4, 0.6, 0.8, 0.8])
+    assert_close(rates[4:], [0.4 * (1 + math.cos(math.pi * i / 6)) for i in range(7)])
+    assert rates[10] == 0 and S.cosine(0, 10, 0.8) == 0.8 and S.cosine(0, 0, 0.8) == 0.8
+
+# ---- 7  Arguments, devices, imports --------------------------------------------------------------
+
+def test_published_numbers_of_weights():
+    count = lambda *args: sum(math.prod(shape) for name, shape in
+                              stars.weight_shapes(*args).items() if "running" not in name)
+    assert count("resnet20", 10) == 269722 and count("resnet56", 10) == 853018
+    assert count("resnet18", 10) == 11173962
+    convs = [name for name in stars.weight_shapes("vgg16", 10) if name.endswith("weight")]
+    assert [int(name.split(".")[1]) for name in convs[:-1:2]] == [
+        0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40]  # the convolutions of vgg16_bn
+
+def test_batch_norms_are_listed_from_input_to_output():
+    norms = stars.batch_norms(dict.fromkeys(reversed([*stars.weight_shapes("vgg11", 10)])))
+    assert norms == [f"features.{i}" for i in (1, 5, 9, 12, 16, 19, 23, 26)]
+    norms = stars.batch_norms(stars.weight_shapes("resnet8", 10, projection=True))
+    assert norms[:4] == ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer2.0.bn1"]
+
+def test_initial_weights():
+    rng = np.random.default_rng(0)
+    p = stars.init_weights(stars.weight_shapes("resnet8", 10), rng)
+    w = p["layer3.0.conv2.weight"]
+    assert abs(w.std() / (2 / (9 * 64)) ** 0.5 - 1) < 0.02 and abs(w.mean()) < 1e-3
+    assert {v.dtype for v in p.values()} == {np.dtype("float32")}
+    assert {float(v) for v in p["bn1.running_var"]} == {1} == {float(v) for v in p["bn1.weight"]}
+    assert not p["bn1.running_mean"].any() and not p["bn1.bias"].any()
+    assert 0.11 < abs(p["linear.weight"]).max() <= 1 / 8 >= abs(p["linear.bias"]).max() > 0
+    p = stars.init_weights(stars.generator_shapes(32, 16, 25), rng)
+    assert 0.19 < abs(p["fc.weight"]).max() <= 0.2 and 0.19 < abs(p["fc.bias"]).max() <= 0.2
+    assert abs(p["conv1.weight"]).max() <= 1 / 12 and abs(p["conv3.bias"]).max() <= 72 ** -0.5
+
+def test_augmentations_are_drawn_from_the_whole_range():
+    offsets, flips = stars.draw_augmentation(np.random.default_rng(0), 1000, 2)
+    assert np.unique(offsets).tolist() == [0, 1, 2, 3, 4] and offsets.shape == (1000, 2)
+    assert flips.dtype == bool and 400 < flips.sum() < 600
+
+A4, A2, V3 = np.ones((2, 4, 4, 3)), np.ones((2, 3)), np.ones(3)
+TEACHER = stars.Net(stars.init_weights(stars.weight_shapes("resnet8", 3, 2),
+                                       np.random.default_rng(0)))
+BAD = [  # (call, what the sentence names)
+    ("x", lambda: stars.conv2d(A2, np.ones((1, 3, 3, 3)))),
+    ("w", lambda: stars.conv2d(A4, np.ones((1, 2, 3, 3)))),
+    ("w", lambda: stars.conv2d(A4, np.ones((1, 3, 2, 3)))),
+    ("w", lambda: stars.conv2d(A4, np.ones((1, 3, 3, 4)))),
+    ("w", lambda: stars.conv2d(A4, np.ones((3, 3)))),
+    ("stride", lambda: stars.conv2d(A4, np.ones((1, 3, 3, 3)), 3)),
+    ("gamma", lambda: stars.batch_norm(A4, np.ones(4), V3, V3, V3)),
+    ("x", lambda: stars.batch_norm(A2[:1], V3, V3, V3, V3, train=True)),
+    ("w", lambda: stars.linear(A2, np.ones((2, 4)), V3)),
+    ("x", lambda: stars.linear(A4, np.ones((2, 3)), V3)),
+    ("x", lambda: stars.max_pool(A4[:, 1:])), ("x", lambda: stars.avg_pool(A4[:, :, 1:])),
+    ("channels", lambda: stars.shortcut_a(A4, 2)),
+    ("T", lambda: stars.mean_over_time(A2, 3)),
+    ("offsets", lambda: stars.augment(A4, [[0, 0]], [True])),
+    ("flips", lambda: stars.augment(A4, [[0, 0]] * 2, [True])),
+    ("reset", lambda: stars.Neuron(reset="none")),
+    ("surrogate", lambda: stars.Neuron(surrogate="relu")),
+    ("T", lambda: stars.lif(A2, 3)), ("T", lambda: stars.lif(A2, 0)),
+    ("v_th", lambda: stars.lif(A2, 2, 0)),
+    ("x", lambda: stars.forward(TEACHER, A2)), ("x", lambda: stars.forward(TEACHER, A4[..., :2])),
+    ("b", lambda: stars.linear(A2, np.ones((2, 3)), V3)),
+    ("beta", lambda: stars.batch_norm(A4, V3, np.ones(2), V3, V3)),
+    ("x", lambda: stars.softmax(A4)), ("f", lambda: stars.cosine_matrix(A4)),
+    ("offsets", lambda: stars.augment(A4, [[0, 0], [9, 0]], [True, False])),
+    ("z", lambda: stars.generator({}, V3)), ("s", lambda: stars.adversarial(A2, A2[:1])),
+    ("mean", lambda: stars.bn_matching(A4, np.ones(2), V3)),
+    ("labels", lambda: stars.class_prior(A2, [0, 3])),
+    ("labels", lambda: stars.class_prior(A2, [1])),
+    ("f_t", lambda: stars.rca(A2[:1], A2[:1])), ("f_s", lambda: stars.rca(A2, A2[:1])),
+    ("law", lambda: stars.Tail("gauss")), ("law", lambda: stars.Tail("0.2,0.1")),
+    ("law", lambda: stars.Tail("0.2,0.1,1.5")), ("law", lambda: stars.Tail("0.2,0.1,0.0")),
+    ("side", lambda: stars.Tail(side="left")), ("tau", lambda: stars.Tail(tau=0)),
+    ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.1,))),
+    ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0))),
+    ("side", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0.02), side="left")),
+    ("tau", lambda: stars.distillation_loss(A2, A2, 0)),
+    ("x", lambda: stars.synthesis_loss(A2, TEACHER, TEACHER)),
+    ("x", lambda: stars.synthesis_loss(A4[..., :1], TEACHER, TEACHER)),
+    ("student", lambda: stars.synthesis_loss(A4, TEACHER)),
+    ("s", lambda: stars.distillation_loss(A2, A2[:1])),
+    ("arch", lambda: stars.weight_shapes("resnet21", 10)),
+    ("size", lambda: stars.generator_shapes(30)),
+    ("device", lambda: stars.use_device("tpu"))]
+
+@pytest.mark.parametrize("i", range(len(BAD)))
+def test_a_bad_argument_is_named(i):
+    with pytest.raises(ValueError) as error:
+        BAD[i][1]()
+    sentence = str(error.value)
+    assert f" {BAD[i][0]} " in f" {sentence.replace(':', ' ')} " and "\n" not in sentence
+
+@pytest.fixture
+def restored_device():
+    yield
+    stars.use_device("cpu")
+
+def fake_cupy(monkeypatch, arange=np.arange):
+    module = types.SimpleNamespace(arange=arange, float32=np.float32)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+def test_the_gpu_is_taken_only_where_a_kernel_runs(monkeypatch, restored_device):
+    module = fake_cupy(monkeypatch)
+    assert stars.use_device("auto") == stars.use_device() == "gpu" and stars.xp is module
+    assert stars.use_device("cpu") == "cpu" and stars.xp is np
+    def broken(*_, **__):
+        raise OSError("no driver")
+    fake_cupy(monkeypatch, broken)
+    assert stars.use_device("auto") == "cpu" and stars.xp is np
+
+@pytest.mark.parametrize("installed", (False, True))
+def test_no_gpu_is_one_sentence(monkeypatch, restored_device, installed):
+    def broken(*_, **__):
+        raise OSError("no driver")
+    fake_cupy(monkeypatch, broken)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(RuntimeError, match="no usable GPU") as error:
+        stars.use_device("gpu")
+    assert "\n" not in str(error.value) and error.value.__suppress_context__
+    assert stars.use_device("auto") == "cpu" and stars.xp is np
+
+def test_to_host():
+    on_device = types.SimpleNamespace(get=lambda: np.ones(2))
+    assert stars.to_host(on_device).tolist() == [1, 1] == stars.to_host([1, 1]).tolist()
+
+def fresh_copy():
+    spec = importlib.util.spec_from_file_location("stars_again", stars.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+@pytest.mark.parametrize("given", ({}, {"OPENBLAS_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "3"}))
+def test_importing_leaves_the_environment_as_it_was(monkeypatch, given):
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    assert fresh_copy().xp is np and dict(os.environ) == before
+    script = ("import os; before = dict(os.environ); import stars; "
+              "raise SystemExit(dict(os.environ) != before)")
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(stars.__file__).parent
+                          ).returncode == 0
+
+def test_without_numpy_it_ends_in_one_sentence(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(SystemExit, match="pip install numpy"):
+        fresh_copy()
+
+# ---- 8  Mutants ----------------------------------------------------------------------------------
+
+SPEC = SOURCE[:SOURCE.index("# ---- 7  ")]  # sections 0 to 6
+
+def mutant(tree_or_source):
+    module = types.ModuleType("mutant")
+    exec(compile(tree_or_source, "mutant", "exec"), module.__dict__)
+    return module
+
+def killed_by(module, names):
+    """The first of the checks that the module fails, or None."""
+    for name in names:
+        try:
+            with np.errstate(all="ignore"):
+                CHECKS[name](module)
+        except Exception:  # a wrong number, a wrong shape: whatever a check says
+            return name
+    return None
+
+def at_equation(number, old, new):
+    """The source with old replaced on the one line of code that carries `# Eq. (number)`."""
+    lines = SOURCE.split("\n")
+    hits = [i for i, line in enumerate(lines)
+            if line.rstrip().endswith(f"  # Eq. ({number})") and old in line]
+    assert len(hits) == 1, f"Eq. ({number}) stands on {len(hits)} lines with {old}"
+    lines[hits[0]] = lines[hits[0]].replace(old, new, 1)
+    return "\n".join(lines)
+
+EQUATIONS = {  # number: (checks, mutant of the line)
+    1: ("lif_is_equation_1", ("drive[t]", "drive[t - 1]")),
+    2: ("lif_gradient_at_real_spikes", (") / V) / V", ") / V)")),
+    3: ("bn_matching_is_equation_3", ("norm_mean + norm_var", "norm_mean - norm_var")),
+    4: ("class_prior_is_equation_4", ("-(one_hot * log_p)", "(one_hot * log_p)")),
+    5: ("balance_is_equation_5", ("(p * log_p).sum()", "log_p.mean()")),
+    6: ("adversarial_is_equation_6", ("/ len(t)", "/ mask.sum()")),
+    7: ("rca_is_equation_7", ("(B * (B - 1))", "B ** 2")),
+    8: ("tar_is_equation_8", ("(d ** 2).sum() * scale", "abs(d).sum() * scale")),
+    9: ("synthesis_gradient_to_the_pixels", ("getattr(weights, k) * loss", "loss")),
+    10: ("distillation_is_equation_10", ("tau ** 2", "tau")),
+    11: ("students_and_energy_are_their_simulation", ("in costs)", "in costs[:-1])"))}
+
+@pytest.fixture(scope="module")
+def score():
+    kills = []
+    yield kills
+    if kills:
+        CLOSING.append(f"mutants: {sum(kills)} of {len(kills)} killed")
+
+@pytest.mark.parametrize("number", EQUATIONS)
+def test_a_mutant_of_each_equation_is_killed(number, score):
+    check, (old, new) = EQUATIONS[number]
+    CHECKS[check](stars)
+    score.append(killed_by(mutant(at_equation(number, old, new)), [check]) == check)
+    assert score[-1]
+
+MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 2 to 6
+    ("dy @ w[:, :, r, s]\n", "dy @ w[:, :, s, r]\n", "conv2d_gradient"),
+    ("window(padded, r, s) @ w[:, :, r, s].T", "window(padded, r, s) @ w[:, :, R - 1 - r, s].T",
+     "conv2d_is_a_direct_sum"),
+    ("s:s + W:stride]", "s:s + W]", "conv2d_is_a_direct_sum"),
+    ("dpadded[:, P:P + H, Q:Q + W]", "dpadded[:, Q:Q + H, P:P + W]", "conv2d_gradient"),
+    ("(dbeta + normal * dgamma) / count", "normal * dgamma / count", "batch_norm_gradient"),
+    ("(dbeta + normal * dgamma) / count", "dbeta / count", "batch_norm_gradient"),
+    ("(count / (count - 1))", "1", "batch_norm_is_its_definition"),
+    ("dx = dx + tap_back()", "dx = dx - tap_back()", "batch_norm_gradient"),
+    ("mask = x > 0\n    return xp.maximum", "mask = x >= 0\n    return xp.maximum",
+     "relu_has_gradient_zero_at_zero"),
+    ("mask = x > 0\n    return xp.where", "mask = x >= 0\n    return xp.where",
+     "leaky_relu_has_its_slope_at_zero"),
+    ("wins = open_ & (quarter == y)", "wins = quarter == y", "the_first_of_equals_wins_the_pool"),
+    ("open_ &= ~wins", "open_ &= wins", "max_pool_is_its_definition"),
+    ("(channels - C) // 2", "channels - C", "linear_operators_are_their_definitions"),
+    ("(dy + dy.T) @ unit", "2 * dy @ unit", "cosine_matrix_is_its_definition"),
+    ("(norm > 0) / xp.where(norm > 0, norm, 1)", "1 / norm",
+     "cosines_with_a_zero_vector_are_zero_without_gradient"),
+    ("dy - xp.exp(y) * dy.sum(1, keepdims=True)", "dy - xp.exp(y)",
+     "nonlinear_operators_are_their_definitions"),
+    ("x.reshape((T, -1) + x.shape[1:]).mean(0)",
+     "x.reshape((-1, T) + x.shape[1:]).mean(1)", "linear_operators_are_their_definitions"),
+    ("1 - xp.tanh(2 * x) ** 2", "1 - xp.tanh(x) ** 2",
+     "surrogates_are_the_slopes_of_their_primitives"),
+    ("(x >= 0).astype", "(x > 0).astype", "lif_spikes_at_its_threshold_and_not_below"),
+    ("float(neuron.v_init) * V", "float(neuron.v_init)", "lif_is_equation_1"),
+    ("E_AC * accumulates * T", "E_AC * accumulates", "students_and_energy_are_their_simulation"),
+    ("dkept = lam * du", "dkept = du", "lif_gradient_at_real_spikes"),
+    ("dkept * (1 - s) if hard", "dkept if hard", "lif_gradient_at_real_spikes"),
+    ("ds - dkept * (u if hard else V)", "ds - dkept * u", "lif_gradient_at_real_spikes"),
+    ("if not neuron.detach_reset:", "if False:", "lif_gradient_of_a_smooth_spike"),
+    ("if not neuron.detach_reset:", "if True:", "lif_gradient_at_real_spikes"),
+    ("ds = A * dz[t]", "ds = dz[t]", "lif_gradient_at_real_spikes"),
+    ("slope((u - V) / V) / V", "slope(u - V) / V", "lif_gradient_at_real_spikes"),
+    ("for t in reversed(range(T)):", "for t in range(T):", "lif_gradient_of_a_smooth_spike"),
+    ("dx if dfeatures is None else dx + dfeatures", "dx", "network_gradient_option_A"),
+    ("        dx += shortcut_back(dkept)\n", "", "network_gradient_option_A"),
+    (" and block != \"layer1.0\"", "", "students_and_energy_are_their_simulation"),
+    ("if first and T > 1 else identity(y)", "if first and T > 2 else identity(y)",
+     "synthesis_gradient_to_the_pixels"),
+    ("transpose(0, 2, 3, 1),\n", "transpose(0, 3, 2, 1),\n", "generator_is_its_layers"),
+    ("dm + 2 * (a - m) * dv", "dm + 2 * a * dv", "bn_matching_is_equation_3"),
+    ("gap_mean / xp.where(norm_mean > 0, norm_mean, 1)", "gap_mean / norm_mean",
+     "a_norm_at_zero_has_gradient_zero"),
+    ("-one_hot * (dloss / len(t))", "-one_hot * dloss", "class_prior_is_equation_4"),
+    ("xp.maximum(p, xp.finfo(p.dtype).tiny)", "p", "balance_is_equation_5"),
+    ("(t.argmax(1) == s.argmax(1)).astype(t.dtype)", "xp.ones(len(t))",
+     "rows_that_disagree_are_masked_from_the_adversary"),
+    ("(gap - kl)", "gap", "adversarial_is_equation_6"),
+    (" * (1 - xp.eye(B, dtype=f_t.dtype))", "", "rca_leaves_out_dead_features_and_the_diagonal"),
+    ("back_s(-dgap)", "back_s(dgap)", "rca_is_equation_7"),
+    ("xp.sign(gamma) / xp.sqrt(var + eps)", "1 / xp.sqrt(var + eps)",
+     "tar_looks_towards_firing_by_the_sign_of_gamma"),
+    ("xp.minimum(d, 0) if", "xp.maximum(d, 0) if", "tar_at_least_forgives_what_exceeds"),
+    ("(slope * (dloss / (tau * count)))", "(slope * (dloss / count))", "tar_is_equation_8"),
+    ("(target * (1 - target) * d.size", "(target * d.size", "tar_is_equation_8"),
+    ("share = gamma.size / channels", "share = 1 / len(layers)", "synthesis_parts_are_the_losses"),
+    ("tau ** 2 * (p_t", "(p_t", "distillation_is_equation_10"),
+    ("dloss * tau / len(t)", "dloss / len(t)", "distillation_is_equation_10"),
+    ("E_AC * accumulates", "E_MAC * accumulates", "students_and_energy_are_their_simulation"),
+    ("g + momentum * v if nesterov else v", "v", "sgd_is_its_formula"),
+    ("g = g + weight_decay * params[name]", "pass", "sgd_is_its_formula"),
+    ("m / (1 - betas[0] ** step)", "m", "adam_is_its_formula"),
+    ("(step + 1) / warm_up", "step / warm_up", "cosine_schedule_is_its_formula")]
+
+@pytest.mark.parametrize("i", range(len(MUTANTS)))
+def test_a_mutant_is_killed(i, score):
+    old, new, check = MUTANTS[i]
+    assert SPEC.count(old) == 1 and new != old
+    score.append(killed_by(mutant(SOURCE.replace(old, new, 1)), [check]) == check)
+    assert score[-1]
+
+def generated_mutants():
+    """(what, tree): signs flipped and factors dropped in every `back` of sections 2 to 5."""
+    lines = SOURCE.split("\n")
+    first, last = (next(i for i, line in enumerate(lines, 1) if line.startswith(f"# ---- {n}  "))
+                   for n in (2, 6))
+    flipped, sites, tree = {ast.Add: ast.Sub, ast.Sub: ast.Add}, {}, ast.parse(SOURCE)
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.FunctionDef) and node.name in ("back", "through")
+        if (named or isinstance(node, ast.Lambda)) and first < node.lineno < last:
+            for parent in ast.walk(node):
+                for field, child in ast.iter_fields(parent):
+                    for i, item in enumerate(child if isinstance(child, list) else [child]):
+                        if isinstance(item, (ast.BinOp, ast.AugAssign, ast.UnaryOp)):
+                            sites[id(item)] = parent, field, i, item
+    for parent, field, i, item in sites.values():
+        op, variants = type(item.op), []
+        if op in flipped and "'" not in ast.unparse(item):  # names of parameters are no sums
+            variants = [copy.copy(item)]
+            variants[0].op = flipped[op]()
+        elif op is ast.USub:
+            variants = [item.operand]
+        elif op in (ast.Mult, ast.Div) and isinstance(item, ast.BinOp):
+            variants = [item.left, item.right][:1 + (op is ast.Mult)]
+        child = getattr(parent, field)
+        for variant in variants:
+            new = [*child[:i], variant, *child[i + 1:]] if isinstance(child, list) else variant
+            setattr(parent, field, new)
+            yield f"{item.lineno}: {ast.unparse(item)} -> {ast.unparse(variant)}", tree
+            setattr(parent, field, child)
+
+@pytest.mark.skipif("STARS_TORTURE" not in os.environ, reason="make torture runs it")
+def test_torture():
+    assert killed_by(mutant(SOURCE), CHECKS) is None
+    survivors, n, order = [], 0, list(CHECKS)
+    for n, (what, code) in enumerate(generated_mutants(), 1):
+        killer = killed_by(mutant(code), order)
+        if killer:  # the next mutant is likely to be near this one
+            order.insert(0, order.pop(order.index(killer)))
+        else:
+            survivors.append(what)
+    CLOSING.append(f"generated mutants: {n - len(survivors)} of {n} killed; survivors, by line:")
+    CLOSING.extend("  " + what for what in survivors)
+    assert n > 100
+
+# ---- 9  Fast paths, GPU parity -------------------------------------------------------------------
+
+def leaves(tree):
+    if not isinstance(tree, (dict, list, tuple)):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree
+    return [leaf for child in children for leaf in leaves(child)]
+
+def assert_same_norms(tree, other, tol=1e-3):
+    for a, b in zip(leaves(tree), leaves(other), strict=True):
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        assert np.sqrt(((a - b) ** 2).sum()) <= tol * max(np.sqrt((a * a).sum()), 1e-6)
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_on_the_cpu_computes_the_definitions(family, monkeypatch):
+    def single(net):
+        return net._replace(params={k: v.astype("f4") for k, v in net.params.items()})
+    teacher = single(net_of(stars, family, stars.relu))
+    student = single(net_of(stars, family, stars.Neuron(0.8, "soft", 0.5), 3, seed=1))
+    x = images_of(family, 4).astype("f4")
+    def steps():
+        parts, dx = stars.synthesis_loss(x, teacher, student)
+        out, back = stars.forward(student, x, train=True)
+        loss, loss_back = stars.distillation_loss(np.eye(4, 3, dtype="f4"), out.logits)
+        return [parts, dx, loss, out.running, back(loss_back())]
+    fast = steps()
+    monkeypatch.setattr(stars, "fast", lambda x: False)
+    assert_same_norms(steps(), fast)
+
+@pytest.fixture
+def gpu(restored_device):
+    try:
+        stars.use_device("gpu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+def on(device, f, tree, *more):
+    """f(tree, *more) on a device: arrays of the tree go there and those of the result come back."""
+    def moved(move, value):
+        if isinstance(value, dict):
+            return {k: moved(move, v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [moved(move, v) for v in value]
+        return move(value) if hasattr(value, "dtype") else value
+    stars.use_device(device)
+    return moved(stars.to_host, f(moved(stars.xp.array, tree), *more))
+
+@pytest.mark.parametrize("dtype, tol", (("float64", 1e-9), ("float32", 1e-4)))
+def test_gpu_operators_agree(gpu, dtype, tol):
+    for name, f, args in operator_cases(stars):
+        args = [np.asarray(a, dtype) for a in args]
+        pairs = zip(*(on(device, lambda a: outputs(f, a), args) for device in ("cpu", "gpu")))
+        for a, b in pairs:
+            assert a.dtype == b.dtype == dtype, name
+            assert abs(a - b).max() <= tol * max(abs(a).max(), 1e-3), name
+
+def test_gpu_steps_agree_where_the_spikes_do(gpu, monkeypatch):
+    """A distillation and a synthesis step in float32, the spike trains of the CPU on both sides."""
+    shapes = {"teacher": stars.weight_shapes("resnet8", 10, 4),
+              "student": stars.weight_shapes("resnet8", 10, 4),
+              "generator": stars.generator_shapes(32, 8, 16)}
+    rng, trains, flips = np.random.default_rng(0), [], []
+    tree = {name: {k: v.astype("f4") for k, v in stars.init_weights(s, rng, np.float64).items()}
+            for name, s in shapes.items()}
+    tree["z"] = rng.normal(size=(8, 16)).astype("f4")
+    offsets, mirrored = stars.draw_augmentation(rng, 8)
+    plain_lif = stars.lif
+    monkeypatch.setattr(stars, "fast", lambda x: False)  # the definitions, on both sides
+
+    def steps(tree, spike):
+        monkeypatch.setattr(stars, "lif", lambda *args: plain_lif(*args, spike=spike))
+        teacher = stars.Net(tree["teacher"])
+        student = stars.Net(tree["student"], stars.Neuron(0.8, "soft", 0.5), 4)
+        images, back = stars.generator(tree["generator"], tree["z"])
+        images, augment_back = stars.augment(images, offsets, mirrored)
+        parts, dx = stars.synthesis_loss(images, teacher, student)
+        generator_grads = back(augment_back(dx))[1]
+        stars.adam(tree["generator"], generator_grads, {}, 1e-3)
+        t, s = stars.forward(teacher, images)[0], stars.forward(student, images, train=True)
+        loss, loss_back = stars.distillation_loss(t.logits, s[0].logits)
+        grads = s[1](loss_back())[1]
+        stars.sgd(tree["student"], grads, {}, 0.1, nesterov=True)
+        return [parts, loss, dx, generator_grads, grads, tree["student"], s[0].running]
+
+    def record(x):
+        trains.append((x >= 0).astype(x.dtype))
+        return trains[-1]
+    cpu, replay = on("cpu", steps, tree, record), iter(trains)
+    def inject(x):
+        s = stars.xp.asarray(next(replay))
+        flips.append(float(((x >= 0) != (s > 0)).mean()))
+        return s
+    gpu_side = on("gpu", steps, tree, inject)
+    CLOSING.append(f"GPU: {100 * np.mean(flips):.4f} % of the spikes flip")
+    assert next(replay, None) is None and np.mean(flips) < 1e-3
+    assert_same_norms(cpu, gpu_side)
+
+# ---- PyTorch peer --------------------------------------------------------------------------------
