@@ -18,6 +18,9 @@ test: $(VENV)/ready
 torture: $(VENV)/ready
 	STARS_TORTURE=1 $(RUN) -m pytest -q -s test_stars.py -k torture
 
+bench: $(VENV)/ready
+	$(RUN) test_stars.py bench
+
 # PyTorch, only to compare with: its tests and its column in the benchmark are skipped without it
 peer: $(VENV)/ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0

@@ -500,6 +500,9 @@ def vgg(params, x, activation=relu, T=1, **mode):
         return z
     return _network(body, "classifier", params, x, activation, T, **mode)
 
+def classes_of(params):
+    return len(params["linear.bias" if "linear.bias" in params else "classifier.bias"])
+
 def forward(net, x, **mode):
     """Run a Net on normalised images x (N, H, W, 3); mode, value and back as resnet."""
     family = vgg if "classifier.weight" in net.params else resnet
@@ -720,7 +723,7 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
     require(student is not None or not (weights.adv or weights.rca),
             "weights.adv and weights.rca must be 0 where student is None")
     p, layers = teacher.params, batch_norms(teacher.params)
-    classes = len(p["linear.bias" if "linear.bias" in p else "classifier.bias"])
+    classes = classes_of(p)
     targets = dict(zip(layers, tail.targets(len(layers), classes)))
     channels = sum(p[layer + ".weight"].size for layer in layers)
     parts = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0)
@@ -1204,81 +1207,94 @@ def check_weights(params, expected, path="the file"):
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
 
-def flag(default, help, commands="dteb", choices=None, metavar=None):
+def flag(default, help, commands="dteb", choices=None):
     """A field of Config, and a flag of the commands that begin with the letters in commands."""
-    metadata = dict(help=help, commands=commands, choices=choices, metavar=metavar)
+    metadata = dict(help=help, commands=commands, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
+
+METHODS = ("bn", "bn+rca", "bn+tar", "stars")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. The flags are made from it, and each run writes it down."""
     dataset: str = flag("cifar10", f"{', '.join(DATASETS)}, or FILE.npz")
-    data_dir: str = flag("data", "folder of the data sets", metavar="DIR")
+    data_dir: str = flag("data", "folder of the data sets")
     download: bool = flag(False, "fetch the data set where it is missing")
     device: str = flag("auto", "auto: the GPU if one works", choices=("auto", "cpu", "gpu"))
     seed: int = flag(0, "seed of everything random")
-    out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>", metavar="DIR")
+    out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>")
     json: bool = flag(False, "end stdout with one JSON object")
     quiet: bool = flag(False, "no progress")
-    threads: int = flag(0, "worker threads on the CPU; default all cores there are")
-    teacher: str = flag("", "the trained ANN, .npz or .safetensors; default the shipped one", "d",
-                        metavar="FILE")
+    threads: int = flag(0, "worker threads on the CPU; default one for each core")
+    teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
     arch: str = flag("", f"of the ANN: {', '.join(ARCHITECTURES)}")
     student_arch: str = flag("", "of the SNN; default as --arch", "db")
-    mean: str = flag("", "normalisation of the images, as .49,.48,.45, where FILE has none", "de")
+    mean: str = flag("", "of the images, as .49,.48,.45, where the file has none", "de")
     std: str = flag("", "likewise", "de")
-    T: int = flag(4, "time steps of the SNN", "deb")
+    T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb")
     batch: int = flag(0, "images a step; default by schedule")
     epochs: int = flag(0, "default by schedule", "dt")
-    schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d", ("auto", "quick", "full"))
+    schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d",
+                         ("auto", "shapes", "quick", "full"))
     synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
     warm_up: int = flag(0, "first epochs, which only fill the pool; default by schedule", "d")
-    method: str = flag("stars", "which of Eq. (7), (8) to use; all: a table of the four", "d",
-                       ("bn", "bn+rca", "bn+tar", "stars", "all"))
+    method: str = flag("stars", "Eq. (7), (8) or both on top of bn; all: a table of the four", "d",
+                       (*METHODS, "all"))
     synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
     init: str = flag("teacher", "where the student starts", "d", ("teacher", "random"))
     seeds: int = flag(1, "repeat with seed, seed + 1, ...", "d")
-    resume: str = flag("", "continue the run in this folder", "dt", metavar="DIR")
+    resume: str = flag("", "go on with the run in this folder", "dt")
     w_bn: float = flag(Weights.bn, "weight of Eq. (3)", "d")
     w_oh: float = flag(Weights.oh, "weight of Eq. (4)", "d")
     w_bal: float = flag(Weights.bal, "weight of Eq. (5)", "d")
     w_adv: float = flag(Weights.adv, "weight of Eq. (6)", "d")
     w_rca: float = flag(Weights.rca, "weight of Eq. (7)", "d")
     w_tar: float = flag(Weights.tar, "weight of Eq. (8)", "d")
-    w_tv: float = flag(0.0, "weight of the total variation of pixels", "d")
+    w_tv: float = flag(0.0, "weight of the total variation, pixels only", "d")
     tail_law: str = flag(Tail.law, f"target of Eq. (8): {', '.join(TAIL_LAWS)}, or numbers", "d")
-    tail_side: str = flag(Tail.side, "of the target", "d", ("two-sided", "at-least"))
+    tail_side: str = flag(Tail.side, "of the target of Eq. (8)", "d", ("two-sided", "at-least"))
     tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d")
-    lr: float = flag(0.0, "of the ANN (0.1) or the SNN (0.05 from the teacher, 0.1 random)", "dt")
-    weight_decay: float = flag(5e-4, "of the ANN or the SNN", "dt")
-    lr_generator: float = flag(2e-3, "Adam, of the generator (pixels: times 25)", "d")
+    lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for the teacher's", "dt")
+    weight_decay: float = flag(5e-4, "of the network that is trained", "dt")
+    lr_generator: float = flag(2e-3, "of Adam; for pixels 25 times that", "d")
     generator_width: int = flag(64, "channels of the generator", "db")
     z_dim: int = flag(256, "size of the generator's latents", "db")
     lam: float = flag(-1.0, "leak; default 1 from the teacher, 0.5 random", "d")
     reset: str = flag("", "default soft from the teacher, hard random", "d", ("", "hard", "soft"))
     v_init: float = flag(-1.0, "u_0 / V; default 0.5 from the teacher, 0 random", "d")
     surrogate: str = flag(Neuron.surrogate, "of Eq. (2)", "d", tuple(SURROGATES))
-    quantile: float = flag(0.99, "of the teacher's activations that becomes V", "d")
+    quantile: float = flag(0.99, "of a layer's activations in the teacher that becomes V", "d")
 
-SCHEDULES = {  # epochs, of which warm-up; synthesis and distillation steps an epoch; batch
-    "quick": dict(epochs=20, warm_up=4, synthesis_steps=12, distill_steps=30, batch=128),
+SCHEDULES = {  # epochs, of which warm-up; steps an epoch; batch
+    "shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
+    "quick": dict(epochs=20, warm_up=4, synthesis_steps=20, distill_steps=80, batch=64),
     "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
+
+def settle(c):
+    """c with every "default by ..." replaced by what it stands for."""
+    auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
+    schedule, own = c.schedule.replace("auto", auto), c.init == "teacher"
+    values = {k: getattr(c, k) or v for k, v in SCHEDULES[schedule].items()}
+    return dataclasses.replace(
+        c, **values, schedule=schedule, T=c.T or 4, lr=c.lr or (0.01 if own else 0.1),
+        lam=c.lam if c.lam >= 0 else 1.0 if own else 0.5, reset=c.reset or ("soft" if own else "hard"),
+        v_init=c.v_init if c.v_init >= 0 else 0.5 if own else 0.0)
 
 def draw_augmentation(rng, n, pad=4):
     """Random (offsets, flips) for n images, from a numpy Generator."""
     return rng.integers(0, 2 * pad + 1, (n, 2)), rng.random(n) < 0.5
 
-def synthesis_step(weights_of, state, z, labels, augmentation, teacher, student, weights, tail, lr):
-    """One Adam step of a generator on Eq. (9).   -> images before augmentation, parts. In place."""
-    images, images_back = generator(weights_of, z, labels)
+def synthesis_step(params, state, z, labels, augmentation, teacher, student, weights, tail, lr):
+    """One Adam step of a generator on Eq. (9), in place.   -> images before augmentation, parts"""
+    images, images_back = generator(params, z, labels)
     x, augment_back = augment(images, *augmentation)
     parts, dx = synthesis_loss(x, teacher, student, weights, labels, tail)
-    adam(weights_of, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
+    adam(params, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
     return images, parts
 
 def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
-    """One SGD step of a student on Eq. (10), images x in [0, 1].   -> loss. In place."""
+    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> loss"""
     normal = normalise(x, teacher.mean, teacher.std)[0]
     t = forward(teacher, normal, need="")[0]
     s, back = forward(student, normal, train=True, need="p")
@@ -1288,7 +1304,7 @@ def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
     return loss
 
 def train_step(net, state, x, y, lr, weight_decay):
-    """One SGD step of an ANN on the labels y of images x in [0, 1].   -> loss. In place."""
+    """One SGD step of an ANN on labels y (N,), in place. x: images in [0, 1].   -> loss"""
     out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
     loss, loss_back = class_prior(out.logits, y)
     sgd(net.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
@@ -1300,155 +1316,175 @@ def to_device(x):
     return xp.asarray(x).astype(np.float32) / 255
 
 def predict(net, x, batch=256, measure=False):
-    """Logits (N, K) on the host for uint8 images x, and the Outputs of all batches."""
+    """Logits (N, K) on the host for uint8 images x, and the Output of each batch."""
     outputs = [forward(net, normalise(to_device(x[i:i + batch]), net.mean, net.std)[0], need="",
                        measure=measure)[0] for i in range(0, len(x), batch)]
     return np.concatenate([to_host(out.logits) for out in outputs]), outputs
 
-def evaluate(net, x, y, batch=256):
-    """What `eval` reports: accuracy, and for a spiking net its firing rates and Eq. (11).
+def accuracy(net, x, y):
+    """Share of uint8 images x whose class is y."""
+    return float((predict(net, x)[0].argmax(1) == y).mean())
 
-    x (N, H, W, 3) uint8, y (N,) on the host. The rates are means over all images.
-    """
+def agreement(teacher, student, x):
+    """Share of uint8 images x on which the student's class is the teacher's."""
+    return accuracy(student, x, predict(teacher, x)[0].argmax(1))
+
+def evaluate(net, x, y, batch=256):
+    """Accuracy and, for a spiking net, firing rates and Eq. (11), as means over uint8 images x."""
     spiking = isinstance(net.activation, Neuron)
     logits, outputs = predict(net, x, batch, measure=True)
-    share = np.array([len(out.logits) for out in outputs]) / len(x)
-    rates = {k: float(sum(w * out.rates[k] for w, out in zip(share, outputs)))
-             for k in outputs[0].rates}
-    joules = sum(w * np.array(energy(out.costs, net.T)) for w, out in zip(share, outputs))
-    return dict(accuracy=float((logits.argmax(1) == y).mean()), n=len(x),
+    shares = [len(out.logits) / len(x) for out in outputs]
+    rates = {k: sum(w * out.rates[k] for w, out in zip(shares, outputs)) for k in outputs[0].rates}
+    joules, ann = sum(w * np.array(energy(out.costs, net.T)) for w, out in zip(shares, outputs))
+    return dict(accuracy=float((logits.argmax(1) == y).mean()), n=len(x), firing_rates=rates,
                 firing_rate=float(np.mean(list(rates.values()))) if spiking else None,
-                firing_rates=rates, energy_uj=float(joules[0] * 1e6) if spiking else None,
-                ann_energy_uj=float(joules[1] * 1e6))
+                energy_uj=float(joules * 1e6) if spiking else None, ann_energy_uj=float(ann * 1e6))
 
 def calibrate(teacher, x, quantile):
-    """{<layer>.v_th and .amplitude: quantile of the layer's positive activations} on images x."""
+    """Thresholds {<layer>.v_th: V} and amplitudes A = V: a quantile of each layer's activations.
+
+    x: uint8 images. Every seventh activation is looked at.
+    """
     layers, seen = [k for k in batch_norms(teacher.params) if "shortcut" not in k], []
 
     def record(a):
-        seen.append(float(np.quantile(to_host(a).ravel()[::7], quantile)))
-        return relu(a)
-    normal = normalise(x, teacher.mean, teacher.std)[0]
-    forward(teacher._replace(activation=record), normal, need="")
-    return {f"{layer}.{part}": np.float32(max(v, 1e-3))
-            for layer, v in zip(layers, seen) for part in ("v_th", "amplitude")}
+        y = relu(a)
+        seen.append(float(np.quantile(to_host(y[0]).ravel()[::7], quantile)))
+        return y
+    forward(teacher._replace(activation=record), normalise(to_device(x), teacher.mean,
+                                                           teacher.std)[0], need="")
+    return {f"{layer}.{part}": max(v, 1e-3) for layer, v in zip(layers, seen)
+            for part in ("v_th", "amplitude")}
 
 def total_variation(x):
     """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
-    down, right = x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
+    gaps = x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
+
     def back(dloss=1.0):
-        dx, scale = xp.zeros_like(x), 2 * dloss / x.size
-        for gap, low, high in ((down, dx[:, :-1], dx[:, 1:]), (right, dx[:, :, :-1], dx[:, :, 1:])):
-            low -= scale * gap
-            high += scale * gap
+        dx, (down, right) = xp.zeros_like(x), (gap * (2 * dloss / x.size) for gap in gaps)
+        dx[:, :-1] -= down
+        dx[:, 1:] += down
+        dx[:, :, :-1] -= right
+        dx[:, :, 1:] += right
         return dx
-    return ((down ** 2).sum() + (right ** 2).sum()) / x.size, back
+    return sum((gap ** 2).sum() for gap in gaps) / x.size, back
 
-def synthesise(c, net, state, rng, teacher, student, weights, size, classes):
-    """One epoch of synthesis.   Yields (images float32 on the device, parts of Eq. (9)).
+def synthesise(c, params, state, rng, teacher, student, weights, size):
+    """One epoch of synthesis: yields (images on the device, parts of Eq. (9)) for each batch.
 
-    generator: a batch from each of synthesis_steps steps. pixels: one batch, x = sigmoid(v), after
-    synthesis_steps steps on v.
+    generator: a batch from each of the steps. pixels: one batch x = sigmoid(v) after all the steps.
     """
     tail = Tail(c.tail_law, side=c.tail_side)
-    if c.synthesis == "pixels":
-        v, adam_state = {"v": xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)}, {}
+    pixels = {"v": xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)}
+    pixel_state = {}
     for step in range(c.synthesis_steps):
+        z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
         augmentation = draw_augmentation(rng, c.batch)
         if c.synthesis == "generator":
-            z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
-            yield synthesis_step(net, state, z, None, augmentation, teacher, student, weights, tail,
-                                 c.lr_generator)
+            yield synthesis_step(params, state, z, None, augmentation, teacher, student, weights,
+                                 tail, c.lr_generator)
             continue
-        images, images_back = sigmoid(v["v"])
+        images, images_back = sigmoid(pixels["v"])
         x, augment_back = augment(images, *augmentation)
         parts, dx = synthesis_loss(x, teacher, student, weights, None, tail)
-        smooth, smooth_back = total_variation(images)
-        dv = images_back(augment_back(dx) + smooth_back(c.w_tv))
-        adam(v, {"v": dv}, adam_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
+        parts["tv"], tv_back = total_variation(images)
+        dv = images_back(augment_back(dx) + tv_back(c.w_tv))
+        adam(pixels, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
         if step == c.synthesis_steps - 1:
-            yield sigmoid(v["v"])[0], parts | {"tv": smooth}
+            yield sigmoid(pixels["v"])[0], parts
 
-def first_student(c, rng, teacher, arch, classes, images):
-    """The student before its first step: Net with random weights, or the teacher's where they fit."""
-    neuron = Neuron(c.lam, c.reset, c.v_init, c.surrogate)
-    params = init_weights(weight_shapes(arch, classes), rng)
+def first_student(c, rng, teacher, arch, images):
+    """The student before its first step; images: what --init teacher takes the thresholds from."""
+    params = init_weights(weight_shapes(arch, classes_of(teacher.params)), rng)
     if c.init == "teacher":
         params |= {k: v.copy() for k, v in teacher.params.items()
                    if k in params and v.shape == params[k].shape}
-        thresholds = calibrate(teacher, to_device(images), c.quantile)
-        params |= {k: v for k, v in thresholds.items() if k.rpartition(".")[0] + ".weight" in params}
-    return teacher._replace(params=params, activation=neuron, T=c.T)
+        params |= {k: v for k, v in calibrate(teacher, images, c.quantile).items()
+                   if k.rpartition(".")[0] + ".weight" in params}
+    return params
 
 def distil(c, teacher, arch, folder, say):
-    """Run STARS: teacher Net -> student Net, agreement on held-out synthetic images, images seen.
+    """STARS: teacher Net -> (student Net, agreement on held-out synthetic images, pool of images).
 
-    folder: of the run; goes on from the checkpoint there. say(epoch, numbers): progress.
+    Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
+    8-bit images lies in pool.bin; a sixteenth of each batch is held out. say(epoch, numbers).
     """
-    size, classes = 64 if c.dataset == "tiny-imagenet" else 32, _classes(teacher.params)
-    rng = np.random.default_rng(c.seed)
-    net = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng)
-    weights = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * ("rca" in c.method or
-                      c.method == "stars"), c.w_tar * ("tar" in c.method or c.method == "stars"))
-    groups, start, student = {"generator": net, "adam": {}, "student": {}, "sgd": {}}, 0, None
-    checkpoint, pool_path = os.path.join(folder, "checkpoint.npz"), os.path.join(folder, "pool.bin")
-    if os.path.exists(checkpoint):
-        start = load_checkpoint(checkpoint, groups, rng)
-        if groups["student"]:
-            student = teacher._replace(params=groups["student"], T=c.T,
-                                       activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
-    batches, held = (1 if c.synthesis == "pixels" else c.synthesis_steps), max(1, c.batch // 16)
-    image, seen = size * size * 3, max(0, start - c.warm_up) * c.distill_steps * c.batch
-    with open(pool_path, "r+b" if start else "w+b") as file:
-        file.truncate(start * batches * c.batch * image)
+    size = DATASETS[c.dataset].size if c.dataset in DATASETS else 32
+    rng, held = np.random.default_rng(c.seed), max(1, c.batch // 16)
+    both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * (c.method in ("bn+rca", "stars")),
+                   c.w_tar * (c.method in ("bn+tar", "stars")))
+    groups = dict(generator=init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng),
+                  adam={}, student={}, sgd={})
+    checkpoint, path = os.path.join(folder, "checkpoint.npz"), os.path.join(folder, "pool.bin")
+    start = load_checkpoint(checkpoint, groups, rng) if os.path.exists(checkpoint) else 0
+    student = teacher._replace(params=groups["student"], T=c.T,
+                               activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
+    batches = 1 if c.synthesis == "pixels" else c.synthesis_steps
+    with open(path, "ab") as file:  # what was added after the checkpoint goes
+        file.truncate(start * batches * c.batch * size * size * 3)
+    steps = (c.epochs - c.warm_up) * c.distill_steps
     for epoch in range(start, c.epochs):
-        warm = epoch < c.warm_up
-        sums, began = {}, time.monotonic()
-        now = dataclasses.replace(weights, adv=0.0, rca=0.0) if warm else weights
-        with open(pool_path, "ab") as file:
-            for x, parts in synthesise(c, net, groups["adam"], rng, teacher, student, now, size, classes):
+        warm, sums, losses, began = epoch < c.warm_up, {}, [], time.monotonic()
+        weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
+        with open(path, "ab") as file:
+            for x, parts in synthesise(c, groups["generator"], groups["adam"], rng, teacher, student,
+                                       weights, size):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
-        numbers = {k: float(v) / (1 if c.synthesis == "pixels" else c.synthesis_steps)
-                   for k, v in sums.items()}
-        pool = np.memmap(pool_path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
-        if epoch == c.warm_up - 1 or student is None and not warm:
-            student = first_student(c, rng, teacher, arch, classes, pool[-1])
-            groups["student"] = student.params
-        loss = 0.0
+        numbers = {k: float(v) / batches for k, v in sums.items()}
+        pool = np.memmap(path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
+        if epoch == c.warm_up - 1:
+            groups["student"].update(first_student(c, rng, teacher, arch, pool[-1]))
         for step in range(0 if warm else c.distill_steps):
-            row, column = rng.integers(len(pool), size=c.batch), rng.integers(held, c.batch, c.batch)
-            x, _ = augment(to_device(pool[row, column]), *draw_augmentation(rng, c.batch))
-            lr = cosine((epoch - c.warm_up) * c.distill_steps + step,
-                        (c.epochs - c.warm_up) * c.distill_steps, c.lr, warm_up=10)
-            loss = loss + distillation_step(student, groups["sgd"], x, teacher, c.tau_kd, lr,
-                                            c.weight_decay)
-            seen += c.batch
+            x = pool[rng.integers(len(pool), size=c.batch), rng.integers(held, c.batch, c.batch)]
+            x, _ = augment(to_device(x), *draw_augmentation(rng, c.batch))
+            lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
+            losses.append(distillation_step(student, groups["sgd"], x, teacher, c.tau_kd, lr,
+                                            c.weight_decay))
         if not warm:
-            numbers["kd"] = float(loss) / c.distill_steps
-            numbers["agreement"] = agreement(teacher, student, pool[-16:, :held].reshape(-1, size, size, 3))
-        for name, value in numbers.items():
-            if not np.isfinite(value):
-                raise UserError(f"{name} became {value} in epoch {epoch + 1}: take a smaller --lr, "
-                                f"or go back with --resume {folder}")
-        numbers |= dict(images_seen=seen, seconds=time.monotonic() - began)
+            numbers["kd"] = float(sum(losses)) / len(losses)
+            numbers["agreement"] = agreement(teacher, student,
+                                             pool[-32:, :held].reshape(-1, size, size, 3))
+        check_finite(numbers, epoch, folder)
+        seen = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
         save_checkpoint(checkpoint, groups, rng, epoch + 1)
-        say(epoch + 1, numbers)
-    every = pool[:, :held].reshape(-1, size, size, 3)
-    return student, agreement(teacher, student, every[-2048:]), pool
+        say(epoch + 1, numbers | dict(images_seen=seen, seconds=time.monotonic() - began))
+    every = pool[:, :held].reshape(-1, size, size, 3) if start < c.epochs else []
+    pool = np.memmap(path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
+    return student, agreement(teacher, student, pool[:, :held].reshape(-1, size, size, 3)[-2048:]), pool
 
-def agreement(teacher, student, x):
-    """Share of images x on which the student's class is the teacher's."""
-    return float((predict(teacher, x)[0].argmax(1) == predict(student, x)[0].argmax(1)).mean())
+def train(c, net, x, y, folder, say):
+    """Train an ANN in place on uint8 images x (N, H, W, 3), labels y (N,): SGD, crop and flip."""
+    rng, groups = np.random.default_rng(c.seed + 1), dict(net=net.params, sgd={})
+    checkpoint, steps = os.path.join(folder, "checkpoint.npz"), len(x) // c.batch
+    start = load_checkpoint(checkpoint, groups, rng) if os.path.exists(checkpoint) else 0
+    for epoch in range(start, c.epochs):
+        order, losses, began = rng.permutation(len(x)), [], time.monotonic()
+        for step in range(steps):
+            i = order[step * c.batch:(step + 1) * c.batch]
+            images, _ = augment(to_device(x[i]), *draw_augmentation(rng, c.batch))
+            lr = cosine(epoch * steps + step, c.epochs * steps, c.lr, min(steps, 400))
+            losses.append(train_step(net, groups["sgd"], images, y[i], lr, c.weight_decay))
+        numbers = dict(loss=float(sum(losses)) / steps)
+        check_finite(numbers, epoch, folder)
+        save_checkpoint(checkpoint, groups, rng, epoch + 1)
+        say(epoch + 1, numbers | dict(seconds=time.monotonic() - began))
+
+def check_finite(numbers, epoch, folder):
+    for name, value in numbers.items():
+        if not np.isfinite(value):
+            raise UserError(f"{name} became {value} in epoch {epoch + 1}: start again with a smaller "
+                            f"--lr; the state before that epoch is in {folder}")
 
 def save_checkpoint(path, groups, rng, epoch):
-    """Everything that the next epochs depend on, but for the pool: atomically, exactly."""
-    arrays = {f"{group}/{k}": to_host(v) for group, values in groups.items() for k, v in values.items()}
-    info = to_json(dict(epoch=epoch, rng=rng.bit_generator.state))
-    write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
+    """Everything that the next epochs depend on but the pool: exactly, and all or nothing."""
+    arrays = {f"{group}/{k}": to_host(v) for group, values in groups.items()
+              for k, v in values.items()}
+    info = np.array(to_json(dict(epoch=epoch, rng=rng.bit_generator.state)))
+    write_atomic(path, lambda file: np.savez(file, **arrays, info=info))
 
 def load_checkpoint(path, groups, rng):
-    """Fill groups and rng in place.   -> the number of epochs done."""
+    """Fill groups and rng in place.   -> the number of epochs done"""
     arrays = read_npz(path, limit=2 ** 34)
     info = json.loads(str(arrays.pop("info")))
     for k, v in arrays.items():
@@ -1457,103 +1493,78 @@ def load_checkpoint(path, groups, rng):
     rng.bit_generator.state = info["rng"]
     return info["epoch"]
 
-def train(c, net, x, y, folder, say):
-    """Train an ANN on uint8 images x (N, H, W, 3) and labels y (N,): SGD, cosine, crop and flip."""
-    rng, state = np.random.default_rng(c.seed + 1), {}
-    checkpoint, start = os.path.join(folder, "checkpoint.npz"), 0
-    if os.path.exists(checkpoint):
-        start = load_checkpoint(checkpoint, {"net": net.params, "sgd": state}, rng)
-    steps = len(x) // c.batch
-    for epoch in range(start, c.epochs):
-        order, loss, began = rng.permutation(len(x)), 0.0, time.monotonic()
-        for step in range(steps):
-            i = order[step * c.batch:(step + 1) * c.batch]
-            images, _ = augment(to_device(x[i]), *draw_augmentation(rng, c.batch))
-            lr = cosine(epoch * steps + step, c.epochs * steps, c.lr, warm_up=min(steps, 400))
-            loss = loss + train_step(net, state, images, y[i], lr, c.weight_decay)
-        if not np.isfinite(float(loss)):
-            raise UserError(f"the loss became {float(loss)} in epoch {epoch + 1}: take a smaller --lr")
-        save_checkpoint(checkpoint, {"net": net.params, "sgd": state}, rng, epoch + 1)
-        say(epoch + 1, dict(loss=float(loss) / steps, images_seen=(epoch + 1) * steps * c.batch,
-                            seconds=time.monotonic() - began))
-
 
 # ---- 10  Reports ---------------------------------------------------------------------------------
-
-def draw_grid(path, images, columns=16):
-    """A PNG of uint8 images (N, H, W, 3), three times their size. Needs matplotlib; else nothing."""
-    with contextlib.suppress(ImportError):
-        import matplotlib.image
-        images = images[:len(images) // columns * columns]
-        n, h, w, _ = images.shape
-        grid = images.reshape(-1, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
-        grid = grid.reshape(n // columns * h, columns * w, 3).repeat(3, 0).repeat(3, 1)
-        write_atomic(path, lambda file: matplotlib.image.imsave(file, grid, format="png"))
-
-def draw_curves(path, rows):
-    """A PNG of what metrics.jsonl holds, a panel for each quantity. Needs matplotlib; else nothing."""
-    with contextlib.suppress(ImportError):
-        from matplotlib.figure import Figure
-        names = [k for k in rows[-1] if k not in ("epoch", "seconds", "images_seen")]
-        figure = Figure(figsize=(12, 2.2 * -(-len(names) // 4)), layout="constrained")
-        for i, name in enumerate(names):
-            axes = figure.add_subplot(-(-len(names) // 4), 4, i + 1, title=name, xlabel="epoch")
-            axes.plot([row["epoch"] for row in rows if name in row],
-                      [row[name] for row in rows if name in row])
-        write_atomic(path, lambda file: figure.savefig(file, format="png"))
-
-def progress(c, folder):
-    """say(epoch, numbers): a line of metrics.jsonl and, unless quiet, one on stderr."""
-    path, began, first = os.path.join(folder, "metrics.jsonl"), time.monotonic(), []
-
-    def say(epoch, numbers):
-        rows = read_metrics(folder)[:epoch - 1] + [dict(epoch=epoch, **numbers)]
-        write_atomic(path, "".join(to_json(row) + "\n" for row in rows).encode())
-        first.append(epoch)
-        left = (time.monotonic() - began) / len(first) * (c.epochs - epoch)
-        losses = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()
-                           if k not in ("seconds", "images_seen"))
-        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  {numbers['seconds']:.0f} s, "
-                f"{left / 60:.1f} min left")
-    return say
-
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl."""
-    path = os.path.join(folder, "metrics.jsonl")
-    if not os.path.exists(path):
-        return []
-    with reading(path, "remove it"), open(path) as file:
-        return [json.loads(line) for line in file]
 
 def tell(c, sentence):
     if not c.quiet:
         print(sentence, file=sys.stderr, flush=True)
 
-def bench(c):
-    """Time one step of each kind, method stars, random weights and images. Returns the JSON object.
+def percent(fraction):
+    return "unknown" if fraction is None else f"{100 * fraction:.2f} %"
 
-    Medians of seconds. gflops: of the distillation step, 2 a multiply-accumulate. peak_mib: growth
-    of the resident memory.
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl."""
+    path = os.path.join(folder, "metrics.jsonl")
+    with reading(path, "remove it"):
+        if not os.path.exists(path):
+            return []
+        with open(path) as file:
+            return [json.loads(line) for line in file]
+
+def progress(c, folder):
+    """say(epoch, numbers): a line of metrics.jsonl and, unless quiet, one on stderr."""
+    def say(epoch, numbers):
+        rows = read_metrics(folder)[:epoch - 1] + [dict(epoch=epoch, **numbers)]
+        write_atomic(os.path.join(folder, "metrics.jsonl"),
+                     "".join(to_json(row) + "\n" for row in rows).encode())
+        more = 1 + c.distill_steps / c.synthesis_steps if epoch < c.warm_up else 1
+        left = numbers["seconds"] * (c.epochs - epoch) * more / 60
+        losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items() if k != "seconds")
+        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, about {left:.0f} "
+                "min left)")
+    return say
+
+def draw(folder, pool):
+    """synthetic.png, curves.png of a run; nothing where matplotlib is not installed."""
+    with contextlib.suppress(ImportError):
+        import matplotlib.image
+        from matplotlib.figure import Figure
+        images = pool[-4:].reshape(-1, *pool.shape[2:])[:128].reshape(8, 16, *pool.shape[2:])
+        grid = images.transpose(0, 2, 1, 3, 4).reshape(8 * pool.shape[2], -1, 3)
+        grid = grid.repeat(2, 0).repeat(2, 1)
+        write_atomic(os.path.join(folder, "synthetic.png"),
+                     lambda file: matplotlib.image.imsave(file, grid, format="png"))
+        rows = read_metrics(folder)
+        names = [k for k in rows[-1] if k not in ("epoch", "seconds", "images_seen")]
+        figure = Figure(figsize=(12, 2.2 * -(-len(names) // 4)), layout="constrained")
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(-(-len(names) // 4), 4, i + 1, title=name, xlabel="epoch")
+            axes.plot(*zip(*((row["epoch"], row[name]) for row in rows if name in row)))
+        write_atomic(os.path.join(folder, "curves.png"), lambda file: figure.savefig(file))
+
+def bench(c):
+    """Time a step of each kind, method stars, random weights and images. Returns the JSON object.
+
+    Medians in seconds. gflops: of the distillation step, 2 for a multiply-accumulate. peak_mib:
+    growth of the resident memory (Linux).
     """
-    rng, arch, B = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128
-    before = _resident("VmRSS")
-    with sentences():
-        teacher = Net(init_weights(weight_shapes(arch, 10), rng))
-        student = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T)
-    net = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
-    x, adam_state, sgd_state = rng.random((B, 32, 32, 3), np.float32), {}, {}
-    z = xp.asarray(rng.normal(0, 1, (B, c.z_dim)), np.float32)
-    x, crop = xp.asarray(x), draw_augmentation(rng, B)
-    normal = normalise(x, teacher.mean, teacher.std)[0]
-    jobs = dict(
-        distill_step_s=lambda: distillation_step(student, sgd_state, augment(x, *crop)[0], teacher,
-                                                 c.tau_kd, 0.05),
-        synthesis_step_s=lambda: synthesis_step(net, adam_state, z, None, crop, teacher, student,
-                                                Weights(), Tail(), 1e-3),
-        teacher_forward_s=lambda: forward(teacher, normal, need=""),
-        student_forward_s=lambda: forward(student, normal, train=True, need=""))
-    result = {}
-    for name, job in jobs.items():
+    rng, arch, B, T = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128, c.T or 4
+    before = resident("VmRSS")
+    teacher = Net(init_weights(weight_shapes(arch, 10), rng))
+    student = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), T)
+    params = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
+    x, crop = xp.asarray(rng.random((B, 32, 32, 3), np.float32)), draw_augmentation(rng, B)
+    z, normal = xp.asarray(rng.normal(0, 1, (B, c.z_dim)), np.float32), normalise(
+        x, teacher.mean, teacher.std)[0]
+    adam_state, sgd_state, result = {}, {}, {}
+    for name, job in dict(
+            distill_step_s=lambda: distillation_step(student, sgd_state, augment(x, *crop)[0],
+                                                     teacher, c.tau_kd, 0.05),
+            synthesis_step_s=lambda: synthesis_step(params, adam_state, z, None, crop, teacher,
+                                                    student, Weights(), Tail(), 1e-3),
+            teacher_forward_s=lambda: forward(teacher, normal, need=""),
+            student_forward_s=lambda: forward(student, normal, train=True, need="")).items():
         times = []
         for _ in range(9):
             start = time.perf_counter()
@@ -1562,260 +1573,252 @@ def bench(c):
                 xp.cuda.Device().synchronize()
             times.append(time.perf_counter() - start)
         result[name] = float(np.median(times[2:]))
-    costs = [forward(n, normal[:2], need="", measure=True)[0].costs for n in (teacher, student)]
-    macs = [[m for _, m, _ in cost] for cost in costs]
-    flops = 2 * B * (sum(macs[0]) + 3 * c.T * sum(macs[1][1:]) + 2 * macs[1][0])
+    macs = [[m for _, m, _ in forward(net, normal[:2], need="", measure=True)[0].costs]
+            for net in (teacher, student)]
+    flops = 2 * B * (sum(macs[0]) + 3 * T * sum(macs[1][1:]) + 2 * macs[1][0])
     result |= dict(images_per_s=B / result["distill_step_s"],
                    gflops=flops / result["distill_step_s"] / 1e9,
-                   peak_mib=(_resident("VmHWM") - before) / 1024 if before else None)
+                   peak_mib=(resident("VmHWM") - before) / 1024 if before else None)
     for name, value in result.items():
         print(f"{name:20} {value:.4g}")
     return result
 
-def _resident(key):
-    """KiB of memory of this process as Linux counts it, 0 elsewhere."""
+def resident(key):
+    """KiB of this process's memory as Linux counts it, 0 elsewhere."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         return int(re.search(key + r":\s*(\d+)", file.read())[1])
     return 0
 
-def percent(fraction):
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
-
 
 # ---- 11  Command line ----------------------------------------------------------------------------
 
-def _classes(params):
-    return len(params["linear.bias" if "linear.bias" in params else "classifier.bias"])
-
-def numbers(text, name):
-    """"1,2,3" -> (1.0, 2.0, 3.0). UserError: not three numbers."""
-    with reading(f"--{name} {text}", "it should be three numbers, as .49,.48,.45"):
-        a, b, c = map(float, text.split(","))
-        return a, b, c
-
-def load_net(c, path, command):
-    """A saved network as (Net, info); its normalisation from the file, the flags, the data set."""
-    params, info = load_weights(path, c.arch or None)
-    projection = any("shortcut" in k for k in params)
-    width = params["conv1.weight" if "conv1.weight" in params else "features.0.weight"].shape[0]
-    with sentences():
-        expected = weight_shapes(info["arch"], info["classes"], width, projection)
-    extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
-    params = {k: xp.asarray(v) if v.ndim else float(v)
-              for k, v in check_weights(params, expected | extra, path).items()}
-    known = DATASETS.get(c.dataset)
-    if known and info["classes"] != known.classes:
-        raise UserError(f"{path} has {info['classes']} classes, {c.dataset} has {known.classes}: "
-                        "name the data set it was trained on with --dataset")
-    for part in ("mean", "std"):
-        given = getattr(c, part)
-        if given or part not in info:
-            if not given and not known:
-                raise UserError(f"{path} carries no normalisation: give --mean and --std")
-            info[part] = numbers(given, part) if given else getattr(known, part)
-    with sentences():
-        activation = Neuron(**info["neuron"]) if "neuron" in info else relu
-    return Net(params, activation, info.get("T", 1), tuple(info["mean"]), tuple(info["std"])), info
-
 @contextlib.contextmanager
 def sentences():
-    """ValueErrors of sections 1 to 6 become expected failures where users cause them."""
+    """A ValueError of sections 1 to 6 that a user causes becomes an expected failure."""
     try:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
 
+def numbers_of(text, name):
+    with reading(f"--{name} {text}", "give three numbers, as .49,.48,.45"):
+        a, b, c = map(float, text.split(","))
+        return a, b, c
+
+def load_net(c, path):
+    """A saved network as (Net, info), its normalisation from the file, a flag or the data set."""
+    params, info = load_weights(path, c.arch or None)
+    known = DATASETS.get(c.dataset)
+    if known and info["classes"] != known.classes:
+        raise UserError(f"{path} has {info['classes']} classes, {c.dataset} has {known.classes}: "
+                        "name the data set it was trained on with --dataset")
+    width = len(params.get("conv1.weight", params.get("features.0.weight", [0])))
+    extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
+    with sentences():
+        expected = weight_shapes(info["arch"], info["classes"], width,
+                                 any("shortcut" in k for k in params))
+        params = {k: xp.asarray(v) if v.ndim else float(v)
+                  for k, v in check_weights(params, expected | extra, path).items()}
+        activation = Neuron(**info["neuron"]) if "neuron" in info else relu
+    for part in ("mean", "std"):
+        if getattr(c, part):
+            info[part] = numbers_of(getattr(c, part), part)
+        elif part not in info and not known:
+            raise UserError(f"{path} carries no normalisation: give --mean and --std")
+    mean, std = (tuple(info.get(part) or getattr(known, part)) for part in ("mean", "std"))
+    return Net(params, activation, info.get("T", 1), mean, std), info
+
 def shipped(c):
-    """Path of the teacher in data/ beside this file for c.dataset and c.arch."""
+    """Path of the teacher for c.dataset and c.arch in data/ beside this file."""
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
     names = sorted(k for k in os.listdir(folder) if k.endswith("-teacher.npz"))
     for name in names:
         if name.startswith(f"{c.dataset}-{c.arch}"):
             check_shipped(os.path.join(folder, name))
             return os.path.join(folder, name)
-    raise UserError(f"no teacher for {c.dataset} {c.arch} is shipped (there are: "
-                    f"{', '.join(names) or 'none'}): give --teacher FILE, or train one with "
-                    f"python stars.py teacher --dataset {c.dataset}")
+    raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are {', '.join(names)}): "
+                    f"give --teacher FILE, or make one: python stars.py teacher --dataset {c.dataset}")
 
 def test_set(c):
-    """(x, y) of the test set, or None and a sentence where there is none."""
-    if c.download and c.dataset in DOWNLOADS and not find_dataset(c.dataset, "test", c.data_dir):
+    """(x, y) of the test set; where there is none, None and a sentence on stderr."""
+    missing = find_dataset(c.dataset, "test", c.data_dir) is None
+    if missing and c.download:
         url, md5, name, limit = DOWNLOADS[c.dataset]
-        def report(done, total):
-            if not c.quiet and done // 2 ** 20 > (done - 2 ** 16) // 2 ** 20:
-                print(f"\r{name}: {done >> 20} of {total >> 20} MiB", end="", file=sys.stderr)
+        tell(c, f"downloading {url}")
         try:
-            download(url, md5, os.path.join(c.data_dir, name), limit, report)
+            download(url, md5, os.path.join(c.data_dir, name), limit, None if c.quiet else report)
+            missing = False
         except UserError as error:
-            tell(c, f"no test set: {error}")
-    if find_dataset(c.dataset, "test", c.data_dir):
-        return load_dataset(c.dataset, "test", c.data_dir)
-    tell(c, f"{c.dataset} is not in {c.data_dir}, so there is no accuracy to report, only agreement:"
-            f" put {DOWNLOADS[c.dataset][2]} there ({DOWNLOADS[c.dataset][0]}) or add --download")
+            tell(c, str(error))
+    if missing:
+        url, _, name, _ = DOWNLOADS[c.dataset]
+        return tell(c, f"{c.dataset} is not in {c.data_dir}, so no accuracy can be measured: put {name} "
+                       f"there, from {url}, or add --download")
+    return load_dataset(c.dataset, "test", c.data_dir)
 
-def free_folder(wanted, base):
-    """The folder of a new run: as asked for, which must not hold a run, or base, -2, -3 .. if taken."""
-    folder = wanted or next(k for k in itertools.chain([base], (f"{base}-{i}" for i in range(2, 10000)))
-                            if not os.path.exists(k))
+def report(done, total):
+    """The progress of a download, on one line of stderr."""
+    print(f"\r{done >> 20} of {total >> 20} MiB", end="\n" if done == total else "", file=sys.stderr)
+
+def new_folder(c, base):
+    """The folder of a run: --out, which must not hold one, or base, or base-2, -3 ... if taken."""
+    names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+    folder = c.out or next(k for k in names if not os.path.exists(k))
     if os.path.exists(os.path.join(folder, "config.json")):
         raise UserError(f"{folder} holds another run: choose another --out, or --resume {folder}")
-    os.makedirs(folder, exist_ok=True)
+    write_atomic(os.path.join(folder, "config.json"), to_json(dataclasses.asdict(c)).encode())
     return folder
 
-def settle(c):
-    """c with every "default by .." replaced by the value it stands for."""
-    plan = dict(SCHEDULES[c.schedule if c.schedule != "auto" else
-                          "quick" if xp is np else "full"])
-    values = {k: getattr(c, k) or v for k, v in plan.items()}
-    warm = c.init == "teacher"
-    values |= dict(lam=c.lam if c.lam >= 0 else 1.0 if warm else 0.5, lr=c.lr or (0.05 if warm else 0.1),
-                   reset=c.reset or ("soft" if warm else "hard"),
-                   v_init=c.v_init if c.v_init >= 0 else 0.5 if warm else 0.0)
-    return dataclasses.replace(c, **values)
+def resumed(c):
+    """The settings of the run in c.resume. UserError: a flag given besides says something else."""
+    path, here = os.path.join(c.resume, "config.json"), ("json", "quiet", "device", "threads",
+                                                         "download", "resume")
+    with reading(path, "name the folder of a run"), open(path) as file:
+        old = Config(**json.load(file))
+    for field in dataclasses.fields(Config):
+        given, was = getattr(c, field.name), getattr(old, field.name)
+        if field.name not in here and given not in (field.default, was):
+            raise UserError(f"--{field.name.replace('_', '-')} was {was} in {c.resume}, not {given}: "
+                            "leave it out, or start a new run")
+    return dataclasses.replace(old, **{k: getattr(c, k) for k in here})
+
+def saved(params):
+    """What a file would hold of params, as float32 on the device."""
+    return {k: xp.asarray(v, np.float32) if v.ndim else float(v) for k, v in rounded(params).items()}
 
 def run_distil(c):
-    """The main job, for each seed and method. Returns the JSON object."""
-    rows = [_one_distil(dataclasses.replace(c, method=method, seed=seed))
-            for seed in range(c.seed, c.seed + c.seeds)
-            for method in (("bn", "bn+rca", "bn+tar", "stars") if c.method == "all" else (c.method,))]
-    for row in rows if len(rows) > 1 else ():
-        print(f"{row['method']:8} seed {row['seeds'][0]}   accuracy {percent(row['accuracy'])}   "
-              f"agreement {percent(row['agreement'])}")
+    """The main job, for each seed and method."""
+    methods = METHODS if c.method == "all" else (c.method,)
+    rows = [distil_once(dataclasses.replace(c, method=method, seed=seed))
+            for seed in range(c.seed, c.seed + c.seeds) for method in methods]
+    for row in rows:
+        print(f"{row['method']:7} seed {row['seeds'][0]}  student {percent(row['accuracy'])}  teacher "
+              f"{percent(row['teacher_accuracy'])}  agreement on held-out synthetic images "
+              f"{percent(row['agreement'])}  {row['student']}")
     return rows[0] if len(rows) == 1 else dict(rows=rows)
 
-def _one_distil(c):
-    teacher, info = load_net(c, c.teacher or shipped(c), "distill")
-    if c.resume:
-        with reading(c.resume, "name the folder of a run"), \
-                open(os.path.join(c.resume, "config.json")) as file:
-            c = Config(**json.load(file))
-        folder = c.resume
-    else:
-        c = settle(c)
-        folder = free_folder(c.out, os.path.join("runs", f"{c.dataset}-{c.method}-s{c.seed}"))
-        write_atomic(os.path.join(folder, "config.json"), to_json(dataclasses.asdict(c)).encode())
-    arch, began = c.student_arch or info["arch"], time.monotonic()
-    tell(c, f"{info['arch']} teacher -> spiking {arch}, T = {c.T}, method {c.method}, on the "
-            f"{'cpu' if xp is np else 'gpu'}: {c.epochs} epochs of {c.synthesis_steps} synthesis and "
-            f"{c.distill_steps} distillation steps of {c.batch} images, into {folder}")
+def distil_once(c):
+    teacher, info = load_net(c, c.teacher or shipped(c))
+    c = c if c.resume else settle(c)
+    folder = c.resume or new_folder(c, os.path.join("runs", f"{c.dataset}-{c.method}-s{c.seed}"))
+    arch, began, device = c.student_arch or info["arch"], time.monotonic(), "cpu" if xp is np else "gpu"
+    tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule {c.schedule} on "
+            f"the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis steps and, after "
+            f"{c.warm_up}, {c.distill_steps} distillation steps of {c.batch} images; into {folder}")
     student, agrees, pool = distil(c, teacher, arch, folder, progress(c, folder))
-    params = rounded(student.params)
-    student = student._replace(params={k: xp.asarray(v, np.float32) for k, v in params.items()})
-    path = os.path.join(folder, "student.npz")
+    student, path = student._replace(params=saved(student.params)), os.path.join(folder, "student.npz")
     save_weights(path, student.params, dict(
         arch=arch, classes=info["classes"], T=c.T, neuron=dataclasses.asdict(student.activation),
-        mean=teacher.mean, std=teacher.std, method=c.method, seed=c.seed, config=dataclasses.asdict(c)))
-    draw_grid(os.path.join(folder, "synthetic.png"), pool[-1, :128])
-    draw_curves(os.path.join(folder, "curves.png"), read_metrics(folder))
-    summary = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees, accuracy=None,
-                   teacher_accuracy=info.get("accuracy"), device="cpu" if xp is np else "gpu",
-                   seconds=time.monotonic() - began, student=path)
+        mean=teacher.mean, std=teacher.std, dataset=c.dataset, method=c.method, seed=c.seed))
+    draw(folder, pool)
+    row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees, accuracy=None,
+               teacher_accuracy=info.get("accuracy"), device=device, student=path,
+               seconds=time.monotonic() - began)
     test = test_set(c)
     if test:
-        summary |= evaluate(student, *test)
-        summary["teacher_accuracy"] = float((predict(teacher, test[0])[0].argmax(1) == test[1]).mean())
-    write_atomic(os.path.join(folder, "summary.json"), to_json(summary).encode())
-    print(f"student accuracy {percent(summary['accuracy'])}, teacher "
-          f"{percent(summary['teacher_accuracy'])}, agreement on held-out synthetic images "
-          f"{percent(agrees)}; {path}")
-    return summary
+        row |= evaluate(student, *test) | dict(teacher_accuracy=accuracy(teacher, *test))
+    write_atomic(os.path.join(folder, "summary.json"), to_json(row).encode())
+    return row
 
 def run_teacher(c):
-    """Train an ANN on real images. Returns the JSON object."""
-    known = DATASETS.get(c.dataset)
+    """Train an ANN on real images."""
+    small = c.dataset == "shapes"
+    c = dataclasses.replace(c, arch=c.arch or ("resnet8" if small else "resnet20"), lr=c.lr or 0.1,
+                            batch=c.batch or 128, epochs=c.epochs or (8 if small else 40))
     x, y = load_dataset(c.dataset, "train", c.data_dir)
+    known = DATASETS.get(c.dataset)
     classes = known.classes if known else int(y.max()) + 1
-    arch = c.arch or ("resnet8" if c.dataset == "shapes" else "resnet20")
-    c = dataclasses.replace(c, arch=arch, batch=c.batch or 128, lr=c.lr or 0.1,
-                            epochs=c.epochs or (4 if c.dataset == "shapes" else 40))
-    folder = c.resume or free_folder(c.out, os.path.join("runs", f"{c.dataset}-{arch}-teacher"))
-    write_atomic(os.path.join(folder, "config.json"), to_json(dataclasses.asdict(c)).encode())
-    with sentences():
-        params = init_weights(weight_shapes(arch, classes), np.random.default_rng(c.seed))
     mean, std = (known.mean, known.std) if known else (
-        (x / 255).mean((0, 1, 2)).round(4).tolist(), (x / 255).std((0, 1, 2)).round(4).tolist())
-    net = Net(params, relu, 1, mean, std)
-    tell(c, f"training {arch} on {len(x)} images of {c.dataset}, {c.epochs} epochs, into {folder}")
-    train(c, net, x, y, folder, progress(c, folder))
-    net = net._replace(params={k: xp.asarray(v, np.float32) for k, v in rounded(net.params).items()})
+        f(x.reshape(-1, 3) / np.float32(255), 0).round(4).tolist() for f in (np.mean, np.std))
+    net = Net(init_weights(weight_shapes(c.arch, classes), np.random.default_rng(c.seed)), relu, 1,
+              mean, std)
+    folder = c.resume or new_folder(c, os.path.join("runs", f"{c.dataset}-{c.arch}-teacher"))
+    tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
+    train(c, net, x, y, folder, progress(dataclasses.replace(c, warm_up=0), folder))
+    net = net._replace(params=saved(net.params))
     test = test_set(c)
-    accuracy = float((predict(net, test[0])[0].argmax(1) == test[1]).mean()) if test else None
-    path = os.path.join(folder, f"{c.dataset}-{arch}-teacher.npz")
+    found = accuracy(net, *test) if test else None
+    path = os.path.join(folder, f"{c.dataset}-{c.arch}-teacher.npz")
     save_weights(path, net.params, dict(
-        arch=arch, classes=classes, mean=mean, std=std, accuracy=accuracy, epochs=c.epochs, seed=c.seed,
-        command=f"python stars.py teacher --dataset {c.dataset} --arch {arch} --epochs {c.epochs} "
+        arch=c.arch, classes=classes, mean=mean, std=std, accuracy=found, seed=c.seed,
+        command=f"python stars.py teacher --dataset {c.dataset} --arch {c.arch} --epochs {c.epochs} "
                 f"--batch {c.batch} --lr {c.lr} --weight-decay {c.weight_decay} --seed {c.seed}"))
-    print(f"{arch} on {c.dataset}: accuracy {percent(accuracy)}; {path}")
-    return dict(accuracy=accuracy, teacher=path)
-
-def check(c):
-    """Raise ValueError for settings that cannot be, before any work."""
-    for name in ("T", "seeds", "generator_width", "z_dim"):
-        require(getattr(c, name) >= 1, f"--{name.replace('_', '-')} must be 1 or more, not {getattr(c, name)}")
-    for name in ("seed", "threads", "batch", "epochs", "synthesis_steps", "distill_steps", "warm_up", "w_bn",
-                 "w_oh", "w_bal", "w_adv", "w_rca", "w_tar", "w_tv", "lr", "weight_decay"):
-        require(getattr(c, name) >= 0, f"--{name.replace('_', '-')} must not be negative, is {getattr(c, name)}")
-    require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
-    require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
-    Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
-    for arch in filter(None, (c.arch, c.student_arch)):
-        weight_shapes(arch, 10)
+    print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
+    return dict(accuracy=found, teacher=path)
 
 def run_eval(c, path):
-    """Measure a saved network on the test set. Returns the JSON object."""
-    net, info = load_net(c, path, "eval")
-    if isinstance(net.activation, Neuron) and c.T:
-        net = net._replace(T=c.T)
-    test = test_set(c)
+    """Measure a saved network on the test set."""
+    net, _ = load_net(c, path)
+    net, test = net._replace(T=c.T or net.T), test_set(c)
     if not test:
-        raise UserError(f"the test set of {c.dataset} is not there: see the sentence above")
+        raise UserError("there is nothing to measure on")
     found = evaluate(net, *test, c.batch or 256)
-    print(f"{path}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy per image "
-          f"{found['ann_energy_uj']:.1f} uJ as an ANN" + ("" if found["energy_uj"] is None else
-          f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}"))
+    spiking = "" if found["energy_uj"] is None else (
+        f", {found['energy_uj']:.1f} uJ spiking at a firing rate of {percent(found['firing_rate'])}")
+    print(f"{path}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy an image "
+          f"{found['ann_energy_uj']:.1f} uJ as an ANN{spiking}")
     for layer, rate in found["firing_rates"].items():
         print(f"  {layer:20} {percent(rate)}")
     return found
 
-COMMANDS = {"distill": "teacher -> spiking student, without data (the default command)",
+COMMANDS = {"distill": "teacher -> spiking student, without data (when no command is named)",
             "teacher": "train an ANN on a data set", "eval": "measure a saved network",
             "bench": "time the steps"}
 
 def parse(argv):
-    """-> command, Config, FILE of eval."""
+    """-> command, Config, FILE of eval or None. Exits with code 2 for wrong usage."""
     command = argv[0] if argv and argv[0] in COMMANDS else "distill"
-    if argv and argv[0] == command:
-        argv = argv[1:]
     parser = argparse.ArgumentParser(
         prog=f"stars.py {command}", description=COMMANDS[command], allow_abbrev=False,
         epilog="commands: " + "; ".join(f"{k}: {v}" for k, v in COMMANDS.items()))
     if command == "eval":
         parser.add_argument("FILE", help="a saved network, .npz or .safetensors")
     for field in dataclasses.fields(Config):
-        meta = field.metadata
+        meta, name = field.metadata, "--" + field.name.replace("_", "-")
         if command[0] in meta["commands"]:
-            name, text = "--" + field.name.replace("_", "-"), meta["help"].replace("%", "%%")
             if field.type is bool:
-                parser.add_argument(name, action="store_true", help=text)
+                parser.add_argument(name, action="store_true", help=meta["help"])
             else:
-                text += f" (default {field.default})" if field.default not in ("", 0, -1.0) else ""
-                parser.add_argument(name, type=field.type, default=field.default, help=text,
-                                    choices=meta["choices"], metavar=meta["metavar"])
-    given = vars(parser.parse_args(argv))
-    return command, given.pop("FILE", None), Config(**given)
+                shown = "" if field.default in ("", 0, -1.0) else f" (default {field.default})"
+                parser.add_argument(name, type=field.type, default=field.default,
+                                    choices=meta["choices"], metavar=field.name.upper(),
+                                    help=", ".join(filter(None, meta["choices"] or ())) +
+                                    "; " * bool(meta["choices"]) + meta["help"] + shown)
+    given = vars(parser.parse_args(argv[argv[:1] == [command]:]))
+    path, c = given.pop("FILE", None), Config(**given)
+    try:
+        check(c)
+    except ValueError as error:
+        parser.error(str(error))
+    return command, c, path
+
+def check(c):
+    """Raise ValueError for settings that cannot be."""
+    for field in dataclasses.fields(Config):
+        name, value = "--" + field.name.replace("_", "-"), getattr(c, field.name)
+        if field.type in (int, float) and field.name not in ("lam", "v_init"):
+            least = field.name in ("seeds", "generator_width", "z_dim")
+            require(least <= value < float("inf"), f"{name} must be {int(least)} or more, not {value}")
+    require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
+    require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
+    require(c.batch != 1, "--batch must be 2 or more: Eq. (7) compares images")
+    require(not (c.warm_up and c.epochs) or c.warm_up < c.epochs, "--warm-up must be below --epochs")
+    Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
+    for arch in filter(None, (c.arch, c.student_arch)):
+        weight_shapes(arch, 10)
 
 def main(argv=None):
     """Run a command. Exit codes: 0, 1 for an expected failure, 2 for wrong usage, 130 for Ctrl-C."""
-    command, path, c = parse(sys.argv[1:] if argv is None else argv)
+    global THREADS
+    command, c, path = parse(sys.argv[1:] if argv is None else argv)
     try:
-        with sentences():
-            check(c)
+        c, THREADS = resumed(c) if c.resume else c, c.threads or THREADS
         use_device(c.device)
         keep_pages()
         result = (run_eval(c, path) if command == "eval" else
                   {"distill": run_distil, "teacher": run_teacher, "bench": bench}[command](c))
     except (UserError, RuntimeError) as error:
-        print(f"stars.py: {error}", file=sys.stderr)
+        print(f"stars.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; --resume FOLDER goes on from the last checkpoint", file=sys.stderr)

@@ -8,14 +8,19 @@ drawn by hypothesis, and on mutants of stars, which it must fail. All in float64
     3  spiking neuron      6  optimisers        9  fast paths, GPU parity
     4  networks            7  arguments, devices, imports
 """
+import argparse
 import ast
+import contextlib
 import copy
 import importlib.util
 import itertools
+import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -1534,3 +1539,465 @@ def test_gpu_steps_agree_where_the_spikes_do(gpu, monkeypatch):
     assert_same_norms(cpu, gpu_side)
 
 # ---- PyTorch peer --------------------------------------------------------------------------------
+# The networks, Eq. (1)-(10) and both steps once more, from the equations, with autograd. Images are
+# NCHW in [0, 1]; a net is a stars.Net of tensors; dtype and memory format follow the weights.
+
+try:
+    import torch
+    import torch.nn.functional as F
+    torch.set_num_threads(1)  # for the small tensors of the tests; the bench sets its own
+except ImportError:
+    torch = F = None
+
+def peer_tensor(array, channels_last=False):
+    fmt = torch.channels_last if channels_last and array.ndim == 4 else torch.contiguous_format
+    return torch.tensor(np.array(array)).contiguous(memory_format=fmt)
+
+def peer_images(x, channels_last=False):
+    return peer_tensor(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))), channels_last)
+
+def peer_params(params, channels_last=False):
+    """Arrays by name -> tensors; thresholds and amplitudes become floats."""
+    return {k: peer_tensor(v, channels_last) if np.ndim(v) else float(v) for k, v in params.items()}
+
+def peer_leaves(params):
+    """Fresh leaves over the same storage -> (params, the weights alone)."""
+    p = {k: v.detach() if torch.is_tensor(v) else v for k, v in params.items()}
+    return p, {k: v.requires_grad_() for k, v in p.items()
+               if torch.is_tensor(v) and "running_" not in k}
+
+class PeerSpike(torch.autograd.Function if torch else object):
+    """s = 1[u >= V]; its derivative is Eq. (2)."""
+
+    @staticmethod
+    def forward(ctx, u, v_th, kind):
+        ctx.save_for_backward(u)
+        ctx.v_th, ctx.kind = v_th, kind
+        return (u >= v_th).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, ds):
+        x = (ctx.saved_tensors[0] - ctx.v_th).div_(ctx.v_th)
+        if ctx.kind == "sigmoid":  # a s (1 - s), s = sigmoid(a x)
+            ds = torch.ops.aten.sigmoid_backward(ds, x.mul_(4).sigmoid_()).mul_(4 / ctx.v_th)
+        elif ctx.kind == "atan":
+            ds = ds / (1 + (math.pi * x) ** 2) / ctx.v_th
+        else:
+            ds = ds * (1 - x.abs()).clamp_(min=0) / ctx.v_th
+        return ds, None, None
+
+def peer_lif(currents, v_th, amplitude, neuron):  # Eq. (1)
+    """T currents (N, ...) -> A * spikes, folded (T*N, ...)."""
+    u, s, spikes = neuron.v_init * v_th, None, []
+    for current in currents:
+        if s is not None:
+            s = s.detach() if neuron.detach_reset else s
+            u = u - v_th * s if neuron.reset == "soft" else torch.addcmul(u, u, s, value=-1)
+        u = (current + neuron.lam * u if s is None else
+             torch.add(current, u, alpha=neuron.lam))
+        s = PeerSpike.apply(u, v_th, neuron.surrogate)
+        spikes.append(s)
+    z = torch.cat(spikes)
+    return z if amplitude == 1 else amplitude * z
+
+def peer_batch_norm(p, name, a, train, running):
+    """Writes the new running statistics, if train, into the dict `running`."""
+    stats = [p.get(name + ".running_mean"), p.get(name + ".running_var")]
+    if train and stats[0] is not None:
+        stats = [v.clone() for v in stats]  # F.batch_norm updates in place
+        running[name + ".running_mean"], running[name + ".running_var"] = stats
+    return F.batch_norm(a, *stats, p[name + ".weight"], p[name + ".bias"], train, .1, 1e-5)
+
+def peer_forward(net, x, train=False, taps=None):
+    """x normalised (N, 3, H, W) -> logits (N, K), features (N, D), running statistics (if train).
+
+    taps: a list that collects (BN input, gamma, running mean, running var) of every BN layer.
+    """
+    p, running = net.params, {}
+
+    def conv_bn(conv, name, a, stride=1):
+        w = p[conv + ".weight"]
+        a = F.conv2d(a, w, None, stride, w.shape[-1] // 2)
+        if taps is not None:
+            taps.append([a] + [p[f"{name}.{k}"] for k in ("weight", "running_mean", "running_var")])
+        return peer_batch_norm(p, name, a, train, running)
+
+    def fire(name, a):
+        if not isinstance(net.activation, stars.Neuron):
+            return F.relu(a)
+        currents = [a] * net.T if len(a) == len(x) else a.chunk(net.T)  # the stem's: T times
+        return peer_lif(currents, p.get(name + ".v_th", 1.), p.get(name + ".amplitude", 1.),
+                        net.activation)
+
+    def shortcut(name, z, channels, stride):
+        if name + ".0.weight" in p:
+            return conv_bn(name + ".0", name + ".1", z, stride)
+        extra = channels - z.shape[1]  # option A
+        z = z[:, :, ::stride, ::stride]
+        return F.pad(z, (0, 0, 0, 0, extra // 2, extra - extra // 2)) if extra else z
+
+    if "conv1.weight" in p:
+        z = fire("bn1", conv_bn("conv1", "bn1", x))
+        found = [re.match(r"layer(\d+)\.(\d+)\.conv1\.weight", k) for k in p]
+        for i, j in sorted((int(m[1]), int(m[2])) for m in found if m):
+            block, stride = f"layer{i}.{j}", 2 if i > 1 and j == 0 else 1
+            a = conv_bn(block + ".conv1", block + ".bn1", z, stride)
+            a = conv_bn(block + ".conv2", block + ".bn2", fire(block + ".bn1", a))
+            z = fire(block + ".bn2", a + shortcut(block + ".shortcut", z, a.shape[1], stride))
+    else:
+        found = [re.match(r"features\.(\d+)\.weight", k) for k in p]
+        at = sorted(int(m[1]) for m in found if m and p[m[0]].ndim == 4)
+        z = x
+        for i, following in zip(at, at[1:] + [at[-1] + 4]):  # conv, BN, relu, (pool)
+            z = fire(f"features.{i + 1}", conv_bn(f"features.{i}", f"features.{i + 1}", z))
+            z = F.max_pool2d(z, 2) if following == i + 4 else z
+    head = "linear" if "linear.weight" in p else "classifier"
+    features = z.mean((2, 3)).unflatten(0, (net.T, -1)).mean(0)
+    return F.linear(features, p[head + ".weight"], p[head + ".bias"]), features, running
+
+def peer_generator(p, z):
+    """Latents (N, Z [+ classes, one-hot, behind]) -> images (N, 3, H, W)."""
+    width = len(p["bn0.weight"])
+    bn = lambda i, a: peer_batch_norm(p, f"bn{i}", a, True, {})
+    conv = lambda i, a: F.conv2d(a, p[f"conv{i}.weight"], p.get(f"conv{i}.bias"), padding=1)
+    last = p["conv1.weight"].is_contiguous(memory_format=torch.channels_last)
+    a = F.linear(z, p["fc.weight"], p["fc.bias"])
+    side = math.isqrt(a.shape[1] // width)
+    a = bn(0, a.view(-1, width, side, side).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format))
+    for i in (1, 2):
+        a = F.leaky_relu(bn(i, conv(i, F.interpolate(a, scale_factor=2))), .2)
+    return torch.sigmoid(conv(3, a))
+
+def peer_augment(x, offsets, flips):
+    """Zero-pad by 4, crop at offsets (N, 2) = (row, column) in 0..8, then mirror at flips (N,)."""
+    n, c, h, w = x.shape
+    offsets, flips = torch.as_tensor(offsets), torch.as_tensor(flips)
+    row, column = (torch.arange(size).expand(n, -1) for size in (h, w))
+    column = torch.where(flips.bool()[:, None], w - 1 - column, column) + offsets[:, 1:]
+    at = ((row + offsets[:, :1])[:, :, None] * (w + 8) + column[:, None]).view(n, 1, -1)
+    y = F.pad(x, (4,) * 4).reshape(n, c, -1).gather(2, at.expand(-1, c, -1)).view(n, c, h, w)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=torch.channels_last) if last else y
+
+def peer_normalise(x, net):
+    mean, std = (torch.tensor(v, dtype=x.dtype).view(1, 3, 1, 1) for v in (net.mean, net.std))
+    return (x - mean) / std
+
+def peer_bn_matching(taps):  # Eq. (3)
+    total = 0.
+    for a, _, mean, var in taps:
+        batch_var, batch_mean = torch.var_mean(a, (0, 2, 3), correction=0)
+        total = total + (batch_mean - mean).norm() + (batch_var - var).norm()
+    return total
+
+def peer_class_prior(t, y=None):  # Eq. (4)
+    return F.cross_entropy(t, t.argmax(1) if y is None else y)
+
+def peer_balance(t):  # Eq. (5)
+    p = t.softmax(1).mean(0)
+    return torch.xlogy(p, p).sum()
+
+def peer_kl(t, s):
+    """KL(softmax t || softmax s) of each sample."""
+    return F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+def peer_adversarial(t, s):  # Eq. (6)
+    return -(peer_kl(t, s) * (t.argmax(1) == s.argmax(1))).mean()
+
+def peer_cosines(f):
+    square = f.square().sum(1, keepdim=True)
+    unit = f * (square > 0) / torch.where(square > 0, square, 1.).sqrt()
+    return unit @ unit.T
+
+def peer_rca(f_t, f_s):  # Eq. (7)
+    n = len(f_t)
+    off_diagonal = 1 - torch.eye(n, dtype=f_t.dtype)
+    return ((peer_cosines(f_t) - peer_cosines(f_s)).square() * off_diagonal).sum() / (n * (n - 1))
+
+def peer_tail_target(law, kappa, tau, classes=10, shift=3.):
+    """pi_k = E sigmoid((xi - kappa_k)/tau), xi of mean 0 and variance 1, by quadrature.
+
+    mixture: two normals of sd 1, one in `classes` drawn from the one `shift` above, normalised.
+    """
+    node, weight = np.polynomial.legendre.leggauss(400)  # on [-40, 0] and [0, 40]
+    xi, weight = np.r_[20 * node - 20, 20 * node + 20], np.r_[20 * weight, 20 * weight]
+    if law == "mixture":
+        q = 1 / classes
+        sd = math.sqrt(1 + shift ** 2 * q * (1 - q))
+        density = ((1 - q) * np.exp(-.5 * xi ** 2) + q * np.exp(-.5 * (xi - shift) ** 2)) / (
+            math.sqrt(2 * math.pi))
+        xi = (xi - q * shift) / sd
+    else:
+        r = math.sqrt(3) / math.pi
+        density = {"normal": np.exp(-.5 * xi ** 2) / math.sqrt(2 * math.pi),
+                   "laplace": np.exp(-math.sqrt(2) * abs(xi)) / math.sqrt(2),
+                   "logistic": .25 / r / np.cosh(xi / 2 / r) ** 2}[law]
+    return 1 / (1 + np.exp((np.array(kappa)[:, None] - xi) / tau)) @ (density * weight)
+
+def peer_tar(taps, pi, kappa, tau, side):  # Eq. (8)
+    """pi: (L, K).  The mean runs over all (l, c, k): a wide layer counts for more."""
+    terms, pi = [], torch.as_tensor(np.array(pi)).to(taps[0][0].dtype)
+    for (a, gamma, mean, var), target in zip(taps, pi, strict=True):
+        scale = gamma.sign() / ((var + 1e-5).sqrt() * tau)
+        h = torch.addcmul((-mean * scale)[:, None, None], a, scale[:, None, None])  # h / tau
+        e = torch.stack([torch.sigmoid(h - k / tau).mean((0, 2, 3)) for k in kappa], 1)
+        d = (target - e).clamp(min=0) if side == "at-least" else e - target
+        terms.append(d.square() / (target * (1 - target)))  # (C, K)
+    return torch.cat(terms).mean()
+
+def peer_synthesis_loss(x, teacher, student, weights, y=None, tail=None, pi=None):  # Eq. (9)
+    """x (N, 3, H, W) in [0, 1] -> {'total': weighted sum, and each term, unweighted}.
+
+    y (N,): the classes of Eq. (4); pi (L, K): the targets of Eq. (8), layers in order of use.
+    """
+    taps, x = [], peer_normalise(x, teacher)
+    t, f_t, _ = peer_forward(teacher, x, taps=taps)
+    if weights.adv or weights.rca:
+        s, f_s, _ = peer_forward(student, x)
+    term = {"bn": lambda: peer_bn_matching(taps), "oh": lambda: peer_class_prior(t, y),
+            "bal": lambda: peer_balance(t), "adv": lambda: peer_adversarial(t, s),
+            "rca": lambda: peer_rca(f_t, f_s),
+            "tar": lambda: peer_tar(taps, pi, tail.kappa, tail.tau, tail.side)}
+    parts = {k: term[k]() for k in term if getattr(weights, k)}
+    return {**parts, "total": sum(getattr(weights, k) * v for k, v in parts.items())}
+
+def peer_synthesis_step(generator, z, teacher, student, weights, crop, y=None, tail=None, pi=None):
+    """-> parts, gradients of the generator, dL/d(images before augmentation), images.
+
+    y (N,): class-conditional; its one-hot rows follow z, and Eq. (4) asks for these classes.
+    """
+    p, w = peer_leaves(generator)
+    if y is not None:
+        z = torch.cat([z, F.one_hot(y, p["fc.weight"].shape[1] - z.shape[1]).to(z.dtype)], 1)
+    images = peer_generator(p, z)
+    parts = peer_synthesis_loss(peer_augment(images, *crop), teacher, student, weights, y, tail, pi)
+    *grads, dx = torch.autograd.grad(parts["total"], [*w.values(), images])
+    parts = {k: v.detach() for k, v in parts.items()}
+    return parts, dict(zip(w, grads)), dx, images.detach()
+
+def peer_distillation_step(images, teacher, student, tau, crop):
+    """images (N, 3, H, W) in [0, 1] -> loss, gradients of the student, its running statistics."""
+    p, w = peer_leaves(student.params)
+    with torch.no_grad():
+        x = peer_normalise(peer_augment(images, *crop), teacher)
+        t, _, _ = peer_forward(teacher, x)
+    s, _, running = peer_forward(student._replace(params=p), x, train=True)
+    loss = tau ** 2 * peer_kl(t / tau, s / tau).mean()  # Eq. (10)
+    return loss.detach(), dict(zip(w, torch.autograd.grad(loss, list(w.values())))), running
+
+needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed: make peer")
+STUDENTS = [stars.Neuron(lam, reset, v_init, surrogate, detach)
+            for (lam, v_init), (reset, surrogate, detach) in zip(
+                itertools.cycle(((0.5, 0.0), (0.8, 0.5), (1.0, 0.3))),
+                itertools.product(("hard", "soft"), SLOPES, (True, False)))]
+
+def peer_pair(family, neuron, T=3):
+    """A teacher, a student with a V and an A for each layer, and both as the peer takes them."""
+    teacher, student = net_of(stars, family, stars.relu), net_of(stars, family, neuron, T, seed=1)
+    params = dict(student.params)
+    for i, layer in enumerate(stars.batch_norms(params)):
+        params[layer + ".v_th"], params[layer + ".amplitude"] = 0.6 + i % 4 / 5, 0.8 + i % 3 / 5
+    student, x = student._replace(params=params), images_of(family, 6) - 0.5
+    head = "classifier.bias" if "classifier.bias" in params else "linear.bias"
+    t, s = (stars.forward(net, x, need="")[0].logits for net in (teacher, student))
+    params[head] = params[head] + (t - s).mean(0)  # so that they agree on some images: Eq. (6)
+    peers = [net._replace(params=peer_params(net.params)) for net in (teacher, student)]
+    return teacher, student, *peers
+
+def assert_agree(ours, theirs, tol=1e-9):
+    """Numbers, arrays and tensors, or dicts of them, images NHWC and NCHW; not all of them 0."""
+    if not isinstance(ours, dict):
+        ours, theirs = {"": ours}, {"": theirs}
+    assert ours.keys() == theirs.keys()
+    theirs = {k: np.asarray(v.detach() if torch.is_tensor(v) else v) for k, v in theirs.items()}
+    assert np.mean([np.any(v) for v in theirs.values()]) > 0.7  # layers of two channels may be dead
+    for name, other in theirs.items():
+        if np.ndim(other) == 4 and np.shape(ours[name]) != other.shape:
+            other = other.transpose(0, 2, 3, 1)
+        assert_close(ours[name], other, tol)
+
+@needs_torch
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peer_networks_agree(family):
+    x = images_of(family, 4)
+    for neuron, train in itertools.product((STUDENTS[0], STUDENTS[9]), (False, True)):
+        teacher, student, *peers = peer_pair(family, neuron)
+        for net, peer in zip((teacher, student), peers):
+            out, back = stars.forward(net, stars.normalise(x, net.mean, net.std)[0], train=train)
+            params, leaves_ = peer_leaves(peer.params)
+            image = peer_normalise(peer_images(x), net).requires_grad_()
+            logits, features, running = peer_forward(peer._replace(params=params), image, train)
+            dlogits, dfeatures = normal(7, out.logits.shape, out.features.shape)
+            loss = (logits * peer_tensor(dlogits)).sum() + (features * peer_tensor(dfeatures)).sum()
+            dx, *grads = torch.autograd.grad(loss, [image, *leaves_.values()])
+            assert_agree(out.logits, logits)
+            assert_agree(out.features, features)
+            assert_agree({**out.running, "T": net.T}, {**running, "T": net.T})
+            our_dx, our_grads = back(dlogits, dfeatures)
+            assert_agree(our_dx, dx)
+            assert_agree(our_grads, dict(zip(leaves_, grads)))
+
+@needs_torch
+@pytest.mark.parametrize("law", [*stars.TAIL_LAWS, "0.2,0.04,0.01"])
+def test_peer_synthesis_losses_agree(law):
+    """Every part of Eq. (9), alone and together, and dL/dx, for each family."""
+    for family, side in itertools.product(FAMILIES, ("two-sided", "at-least")):
+        teacher, student, *peers = peer_pair(family, STUDENTS[len(law) % 12])
+        x, tail = images_of(family, 6), stars.Tail(law, tau=0.3, side=side, shift=2.5)
+        pi = tail.targets(len(stars.batch_norms(teacher.params)), 3)
+        cases = [(stars.Weights(), None), (stars.Weights(2, 3, 5, 7, 11, 13), [0, 2, 1, 1, 0, 2])]
+        for term in TERMS if (law, side) == ("normal", "two-sided") else ("tar",):
+            cases.append((stars.Weights(**dict.fromkeys(TERMS, 0.0) | {term: 1.0}), None))
+        for weights, labels in cases:
+            parts, dx = stars.synthesis_loss(x, teacher, student, weights, labels, tail)
+            image = peer_images(x).requires_grad_()
+            theirs = peer_synthesis_loss(image, *peers, weights, tail=tail, pi=pi,
+                                         y=None if labels is None else torch.tensor(labels))
+            assert_agree({k: parts[k] for k in theirs}, theirs)
+            assert_agree(dx, torch.autograd.grad(theirs["total"], image)[0])
+
+@needs_torch
+def test_peer_tail_targets_agree():
+    kappa, tau = (0.5, 1, 2.5), 0.3
+    for law in ("normal", "laplace", "logistic", "mixture"):
+        for classes, shift in ((10, 3.0), (100, 2.0)):
+            ours = stars.Tail(law, kappa, tau, shift=shift).targets(2, classes)
+            pi = peer_tail_target(law, kappa, tau, classes, shift)
+            assert_close(ours, [pi, pi], 1e-6 if law == "laplace" else 1e-9)  # it has a kink at 0
+
+@needs_torch
+@pytest.mark.parametrize("classes", (0, 3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peer_synthesis_steps_agree(family, classes):
+    """The gradient of every weight of the generator, through the augmentation."""
+    teacher, student, *peers = peer_pair(family, STUDENTS[4])
+    params, z, labels = generator_case(stars, FAMILIES[family][1], classes, n=6)
+    crop = stars.draw_augmentation(np.random.default_rng(3), 6)
+    images, images_back = stars.generator(params, z, labels)
+    x, augment_back = stars.augment(images, *crop)
+    parts, dx = stars.synthesis_loss(x, teacher, student, labels=labels)
+    dimages = augment_back(dx)
+    assert parts["adv"] < 0
+    theirs = peer_synthesis_step(
+        peer_params(params), peer_tensor(z), *peers, stars.Weights(), crop,
+        None if labels is None else torch.tensor(labels), stars.Tail(),
+        stars.Tail().targets(len(stars.batch_norms(teacher.params)), 3))
+    for ours, other in zip((parts, images_back(dimages)[1], dimages, images), theirs, strict=True):
+        assert_agree(ours, other)
+
+@needs_torch
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peer_distillation_steps_agree(family):
+    """Eq. (10), the gradient of every weight of the student, its running statistics."""
+    x, crop = images_of(family, 4), stars.draw_augmentation(np.random.default_rng(3), 4)
+    for neuron in STUDENTS if family == "option A" else STUDENTS[::5]:
+        teacher, student, *peers = peer_pair(family, neuron)
+        cropped = stars.normalise(stars.augment(x, *crop)[0], teacher.mean, teacher.std)[0]
+        t, _ = stars.forward(teacher, cropped, need="")
+        s, back = stars.forward(student, cropped, train=True, need="p")
+        loss, loss_back = stars.distillation_loss(t.logits, s.logits, 2.5)
+        theirs = peer_distillation_step(peer_images(x), *peers, 2.5, crop)
+        for ours, other in zip((loss, back(loss_back())[1], s.running), theirs, strict=True):
+            assert_agree(ours, other)
+
+# `python test_stars.py bench` runs `stars.py bench` and the peer's, each in a process of its own.
+
+BENCHED = ("distill_step_s", "synthesis_step_s", "teacher_forward_s", "student_forward_s",
+           "peak_mib")
+
+def peer_bench(a):
+    """What stars.bench measures, of the peer in the memory format a.format."""
+    before, rng, last = stars._resident("VmRSS"), np.random.default_rng(0), a.format != "contiguous"
+    torch.set_num_threads(a.threads)
+    load = lambda shapes: peer_params(stars.init_weights(shapes, rng), last)
+    teacher = stars.Net(load(stars.weight_shapes(a.arch, 10)))
+    student = stars.Net(load(stars.weight_shapes(a.student_arch or a.arch, 10)), stars.Neuron(), a.T)
+    generator = load(stars.generator_shapes(32, 64, 256))
+    pool = peer_images(rng.random((a.batch, 32, 32, 3), np.float32), last)
+    z, crop = torch.randn(a.batch, 256), stars.draw_augmentation(rng, a.batch)
+    normal, layers = peer_normalise(pool, teacher), len(stars.batch_norms(teacher.params))
+    pi = stars.Tail().targets(layers, 10)
+    sgd = torch.optim.SGD(peer_leaves(student.params)[1].values(), .05, .9, 0, 5e-4, True)
+    adam = torch.optim.Adam(peer_leaves(generator)[1].values(), 1e-3, (.5, .999))
+
+    def update(optimiser, grads):  # its leaves share the storage of the weights
+        for weight, grad in zip(optimiser.param_groups[0]["params"], grads.values()):
+            weight.grad = grad
+        optimiser.step()
+
+    def distill():
+        _, grads, running = peer_distillation_step(pool, teacher, student, 4., crop)
+        update(sgd, grads)
+        student.params.update(running)
+
+    def synthesise():
+        update(adam, peer_synthesis_step(generator, z, teacher, student, stars.Weights(), crop,
+                                         None, stars.Tail(), pi)[1])
+
+    def seconds(job, mode=contextlib.nullcontext):
+        taken = []
+        for _ in range(9):
+            start = time.perf_counter()
+            with mode():
+                job()
+            taken.append(time.perf_counter() - start)
+        return float(np.median(taken[2:]))
+
+    values = (seconds(distill), seconds(synthesise),
+              seconds(lambda: peer_forward(teacher, normal), torch.no_grad),
+              seconds(lambda: peer_forward(student, normal, True), torch.no_grad),
+              (stars._resident("VmHWM") - before) / 1024)
+    return dict(zip(BENCHED, values))
+
+def machine():
+    with contextlib.suppress(OSError):
+        model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    environment = [f"{k}={v}" for k, v in sorted(os.environ.items())
+                   if k.startswith(("OPENBLAS_", "OMP_", "MKL_"))]
+    return (f"{model[1] if model else 'CPU'}, {stars.cores()} of {os.cpu_count()} cores, load "
+            f"{os.getloadavg()[0]:.1f}; numpy {np.__version__}, {blas['name']} {blas['version']} "
+            f"({blas.get('openblas configuration', '')}); {' '.join(environment) or 'no'} "
+            f"OPENBLAS_, OMP_ or MKL_ variables; torch {torch.__version__ if torch else 'none'}")
+
+def bench(argv):
+    """Rounds of stars.py and the peer in both memory formats, alternately, and their ratios."""
+    cli = argparse.ArgumentParser(prog="test_stars.py bench")
+    for name, value in dict(arch="resnet20", student_arch="", T=4, batch=128, threads=0,
+                            rounds=3, format="").items():
+        cli.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    a = cli.parse_args(argv)
+    a.threads = a.threads or stars.cores()
+    if a.format:  # in a process of its own
+        return print(json.dumps(peer_bench(a)))
+    flags = [text for name in ("arch", "student_arch", "T", "batch", "threads") if getattr(a, name)
+             for text in ("--" + name.replace("_", "-"), str(getattr(a, name)))]
+    print(machine())
+    ours = [sys.executable, stars.__file__, "bench", *flags]
+    if torch is None:
+        print("PyTorch is not installed (make peer installs it): stars.py alone", flush=True)
+        return subprocess.run(ours, check=True)
+    theirs = {f: [sys.executable, __file__, "bench", *flags, "--format", f]
+              for f in ("contiguous", "channels_last")}
+    rows = {name: [] for name in ("stars.py", *theirs)}
+    for i in range(a.rounds):
+        for name, command in {"stars.py": ours + ["--json", "--quiet"], **theirs}.items():
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows[name].append(json.loads(out.splitlines()[-1]))
+            print(f"round {i + 1} {name:13}", *(f"{k} {rows[name][-1][k]:.3f}" for k in BENCHED),
+                  flush=True)
+    medians = {name: {k: float(np.median([row[k] for row in rows[name]])) for k in BENCHED}
+               for name in rows}
+    best = min(theirs, key=lambda f: sum(medians[f][k] for k in BENCHED[:2]))
+    print(f"medians of {a.rounds} rounds, paired ratios to PyTorch {best} (its better format)\n"
+          f"{'':18} {'stars.py':>9} {'PyTorch':>9} {'ratio':>7}  ratio of each round")
+    for k in BENCHED:
+        ratios = [x[k] / y[k] for x, y in zip(rows["stars.py"], rows[best])]
+        print(f"{k:18} {medians['stars.py'][k]:9.4g} {medians[best][k]:9.4g} "
+              f"{np.median(ratios):7.2f}  {' '.join(f'{r:.2f}' for r in ratios)}")
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["bench"]:
+        raise SystemExit("python test_stars.py bench, or make test")
+    bench(sys.argv[2:])
