@@ -1,16 +1,28 @@
+# make run       teacher -> spiking student on CIFAR-10, without data (about 15 minutes on 2 cores)
 # make test      the gradient checks and all other tests, in a few minutes
 # make torture   the long ones: every generated mutant
-# make bench     speed, beside PyTorch where it is installed (make peer)
+# make bench     speed, beside PyTorch where make peer installed it
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test torture bench peer clean
+.PHONY: run test torture bench peer clean
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check numpy pytest hypothesis
+	$(PIP) numpy pytest hypothesis
 	touch $@
+
+# matplotlib draws the pictures; CuPy, in the wheel of the driver's CUDA version, only where there is a driver
+$(VENV)/extras: $(VENV)/ready
+	$(PIP) matplotlib
+	v=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p'); \
+	if [ -n "$$v" ]; then $(PIP) "cupy-cuda$${v}x[ctk]"; fi
+	touch $@
+
+run: $(VENV)/extras
+	$(RUN) stars.py --dataset cifar10 --download
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -q test_stars.py
@@ -18,12 +30,12 @@ test: $(VENV)/ready
 torture: $(VENV)/ready
 	STARS_TORTURE=1 $(RUN) -m pytest -q -s test_stars.py -k torture
 
-bench: $(VENV)/ready
-	$(RUN) test_stars.py bench
-
 # PyTorch, only to compare with: its tests and its column in the benchmark are skipped without it
 peer: $(VENV)/ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PIP) torch==2.13.0
+
+bench: $(VENV)/ready
+	$(RUN) test_stars.py bench
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis __pycache__

@@ -500,9 +500,6 @@ def vgg(params, x, activation=relu, T=1, **mode):
         return z
     return _network(body, "classifier", params, x, activation, T, **mode)
 
-def classes_of(params):
-    return len(params["linear.bias" if "linear.bias" in params else "classifier.bias"])
-
 def forward(net, x, **mode):
     """Run a Net on normalised images x (N, H, W, 3); mode, value and back as resnet."""
     family = vgg if "classifier.weight" in net.params else resnet
@@ -723,7 +720,7 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
     require(student is not None or not (weights.adv or weights.rca),
             "weights.adv and weights.rca must be 0 where student is None")
     p, layers = teacher.params, batch_norms(teacher.params)
-    classes = classes_of(p)
+    classes = len(p["linear.bias" if "linear.bias" in p else "classifier.bias"])
     targets = dict(zip(layers, tail.targets(len(layers), classes)))
     channels = sum(p[layer + ".weight"].size for layer in layers)
     parts = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0)
@@ -1278,8 +1275,12 @@ def settle(c):
     values = {k: getattr(c, k) or v for k, v in SCHEDULES[schedule].items()}
     return dataclasses.replace(
         c, **values, schedule=schedule, T=c.T or 4, lr=c.lr or (0.01 if own else 0.1),
-        lam=c.lam if c.lam >= 0 else 1.0 if own else 0.5, reset=c.reset or ("soft" if own else "hard"),
+        reset=c.reset or ("soft" if own else "hard"),
+        lam=c.lam if c.lam >= 0 else 1.0 if own else 0.5,
         v_init=c.v_init if c.v_init >= 0 else 0.5 if own else 0.0)
+
+def classes_of(params):
+    return len(params["linear.bias" if "linear.bias" in params else "classifier.bias"])
 
 def draw_augmentation(rng, n, pad=4):
     """Random (offsets, flips) for n images, from a numpy Generator."""
@@ -1427,8 +1428,8 @@ def distil(c, teacher, arch, folder, say):
         warm, sums, losses, began = epoch < c.warm_up, {}, [], time.monotonic()
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:
-            for x, parts in synthesise(c, groups["generator"], groups["adam"], rng, teacher, student,
-                                       weights, size):
+            for x, parts in synthesise(c, groups["generator"], groups["adam"], rng, teacher,
+                                       student, weights, size):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
         numbers = {k: float(v) / batches for k, v in sums.items()}
@@ -1449,9 +1450,9 @@ def distil(c, teacher, arch, folder, say):
         seen = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
         save_checkpoint(checkpoint, groups, rng, epoch + 1)
         say(epoch + 1, numbers | dict(images_seen=seen, seconds=time.monotonic() - began))
-    every = pool[:, :held].reshape(-1, size, size, 3) if start < c.epochs else []
     pool = np.memmap(path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
-    return student, agreement(teacher, student, pool[:, :held].reshape(-1, size, size, 3)[-2048:]), pool
+    out = pool[:, :held].reshape(-1, size, size, 3)[-2048:]
+    return student, agreement(teacher, student, out), pool
 
 def train(c, net, x, y, folder, say):
     """Train an ANN in place on uint8 images x (N, H, W, 3), labels y (N,): SGD, crop and flip."""
@@ -1473,8 +1474,8 @@ def train(c, net, x, y, folder, say):
 def check_finite(numbers, epoch, folder):
     for name, value in numbers.items():
         if not np.isfinite(value):
-            raise UserError(f"{name} became {value} in epoch {epoch + 1}: start again with a smaller "
-                            f"--lr; the state before that epoch is in {folder}")
+            raise UserError(f"{name} became {value} in epoch {epoch + 1}: start again with a "
+                            f"smaller --lr; the state before that epoch is in {folder}")
 
 def save_checkpoint(path, groups, rng, epoch):
     """Everything that the next epochs depend on but the pool: exactly, and all or nothing."""
@@ -1521,8 +1522,8 @@ def progress(c, folder):
         more = 1 + c.distill_steps / c.synthesis_steps if epoch < c.warm_up else 1
         left = numbers["seconds"] * (c.epochs - epoch) * more / 60
         losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items() if k != "seconds")
-        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, about {left:.0f} "
-                "min left)")
+        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, about "
+                f"{left:.0f} min left)")
     return say
 
 def draw(folder, pool):
@@ -1609,9 +1610,9 @@ def load_net(c, path):
     """A saved network as (Net, info), its normalisation from the file, a flag or the data set."""
     params, info = load_weights(path, c.arch or None)
     known = DATASETS.get(c.dataset)
-    if known and info["classes"] != known.classes:
-        raise UserError(f"{path} has {info['classes']} classes, {c.dataset} has {known.classes}: "
-                        "name the data set it was trained on with --dataset")
+    if info.get("dataset", c.dataset) != c.dataset or known and info["classes"] != known.classes:
+        raise UserError(f"{path} knows {info['classes']} classes of {info.get('dataset', 'its data')}"
+                        f", not {c.dataset}: name the data set it was trained on with --dataset")
     width = len(params.get("conv1.weight", params.get("features.0.weight", [0])))
     extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
     with sentences():
@@ -1636,8 +1637,8 @@ def shipped(c):
         if name.startswith(f"{c.dataset}-{c.arch}"):
             check_shipped(os.path.join(folder, name))
             return os.path.join(folder, name)
-    raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are {', '.join(names)}): "
-                    f"give --teacher FILE, or make one: python stars.py teacher --dataset {c.dataset}")
+    raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are {', '.join(names)}):"
+                    f" give --teacher FILE, or python stars.py teacher --dataset {c.dataset}")
 
 def test_set(c):
     """(x, y) of the test set; where there is none, None and a sentence on stderr."""
@@ -1652,13 +1653,13 @@ def test_set(c):
             tell(c, str(error))
     if missing:
         url, _, name, _ = DOWNLOADS[c.dataset]
-        return tell(c, f"{c.dataset} is not in {c.data_dir}, so no accuracy can be measured: put {name} "
-                       f"there, from {url}, or add --download")
+        return tell(c, f"{c.dataset} is not in {c.data_dir}, so no accuracy can be measured: put "
+                       f"{name} there, from {url}, or add --download")
     return load_dataset(c.dataset, "test", c.data_dir)
 
 def report(done, total):
     """The progress of a download, on one line of stderr."""
-    print(f"\r{done >> 20} of {total >> 20} MiB", end="\n" if done == total else "", file=sys.stderr)
+    print(f"\r{done >> 20} of {total >> 20} MiB", end="\n" * (done == total), file=sys.stderr)
 
 def new_folder(c, base):
     """The folder of a run: --out, which must not hold one, or base, or base-2, -3 ... if taken."""
@@ -1678,13 +1679,14 @@ def resumed(c):
     for field in dataclasses.fields(Config):
         given, was = getattr(c, field.name), getattr(old, field.name)
         if field.name not in here and given not in (field.default, was):
-            raise UserError(f"--{field.name.replace('_', '-')} was {was} in {c.resume}, not {given}: "
-                            "leave it out, or start a new run")
+            raise UserError(f"--{field.name.replace('_', '-')} was {was} in {c.resume}, not {given}"
+                            ": leave it out, or start a new run")
     return dataclasses.replace(old, **{k: getattr(c, k) for k in here})
 
 def saved(params):
     """What a file would hold of params, as float32 on the device."""
-    return {k: xp.asarray(v, np.float32) if v.ndim else float(v) for k, v in rounded(params).items()}
+    return {k: xp.asarray(v, np.float32) if v.ndim else float(v)
+            for k, v in rounded(params).items()}
 
 def run_distil(c):
     """The main job, for each seed and method."""
@@ -1692,27 +1694,30 @@ def run_distil(c):
     rows = [distil_once(dataclasses.replace(c, method=method, seed=seed))
             for seed in range(c.seed, c.seed + c.seeds) for method in methods]
     for row in rows:
-        print(f"{row['method']:7} seed {row['seeds'][0]}  student {percent(row['accuracy'])}  teacher "
-              f"{percent(row['teacher_accuracy'])}  agreement on held-out synthetic images "
+        print(f"{row['method']:7} seed {row['seeds'][0]}  student {percent(row['accuracy'])}  "
+              f"teacher {percent(row['teacher_accuracy'])}  agreement on held-out synthetic images "
               f"{percent(row['agreement'])}  {row['student']}")
     return rows[0] if len(rows) == 1 else dict(rows=rows)
 
 def distil_once(c):
     teacher, info = load_net(c, c.teacher or shipped(c))
+    if teacher.activation is not relu:
+        raise UserError(f"{c.teacher} is a spiking network: the teacher must be an ANN")
     c = c if c.resume else settle(c)
     folder = c.resume or new_folder(c, os.path.join("runs", f"{c.dataset}-{c.method}-s{c.seed}"))
-    arch, began, device = c.student_arch or info["arch"], time.monotonic(), "cpu" if xp is np else "gpu"
-    tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule {c.schedule} on "
-            f"the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis steps and, after "
+    arch, began = c.student_arch or info["arch"], time.monotonic()
+    device, path = "cpu" if xp is np else "gpu", os.path.join(folder, "student.npz")
+    tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule {c.schedule} "
+            f"on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis steps and, after "
             f"{c.warm_up}, {c.distill_steps} distillation steps of {c.batch} images; into {folder}")
     student, agrees, pool = distil(c, teacher, arch, folder, progress(c, folder))
-    student, path = student._replace(params=saved(student.params)), os.path.join(folder, "student.npz")
+    student = student._replace(params=saved(student.params))
     save_weights(path, student.params, dict(
         arch=arch, classes=info["classes"], T=c.T, neuron=dataclasses.asdict(student.activation),
         mean=teacher.mean, std=teacher.std, dataset=c.dataset, method=c.method, seed=c.seed))
     draw(folder, pool)
-    row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees, accuracy=None,
-               teacher_accuracy=info.get("accuracy"), device=device, student=path,
+    row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees,
+               accuracy=None, teacher_accuracy=info.get("accuracy"), device=device, student=path,
                seconds=time.monotonic() - began)
     test = test_set(c)
     if test:
@@ -1740,9 +1745,9 @@ def run_teacher(c):
     found = accuracy(net, *test) if test else None
     path = os.path.join(folder, f"{c.dataset}-{c.arch}-teacher.npz")
     save_weights(path, net.params, dict(
-        arch=c.arch, classes=classes, mean=mean, std=std, accuracy=found, seed=c.seed,
-        command=f"python stars.py teacher --dataset {c.dataset} --arch {c.arch} --epochs {c.epochs} "
-                f"--batch {c.batch} --lr {c.lr} --weight-decay {c.weight_decay} --seed {c.seed}"))
+        arch=c.arch, classes=classes, mean=mean, std=std, dataset=c.dataset, accuracy=found,
+        command=f"python stars.py teacher --dataset {c.dataset} --arch {c.arch} --epochs {c.epochs}"
+                f" --batch {c.batch} --lr {c.lr} --weight-decay {c.weight_decay} --seed {c.seed}"))
     print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
     return dict(accuracy=found, teacher=path)
 
@@ -1754,7 +1759,7 @@ def run_eval(c, path):
         raise UserError("there is nothing to measure on")
     found = evaluate(net, *test, c.batch or 256)
     spiking = "" if found["energy_uj"] is None else (
-        f", {found['energy_uj']:.1f} uJ spiking at a firing rate of {percent(found['firing_rate'])}")
+        f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}")
     print(f"{path}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy an image "
           f"{found['ann_energy_uj']:.1f} uJ as an ANN{spiking}")
     for layer, rate in found["firing_rates"].items():
@@ -1798,17 +1803,17 @@ def check(c):
         name, value = "--" + field.name.replace("_", "-"), getattr(c, field.name)
         if field.type in (int, float) and field.name not in ("lam", "v_init"):
             least = field.name in ("seeds", "generator_width", "z_dim")
-            require(least <= value < float("inf"), f"{name} must be {int(least)} or more, not {value}")
+            require(least <= value < np.inf, f"{name} must be {int(least)} or more, not {value}")
     require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
     require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
     require(c.batch != 1, "--batch must be 2 or more: Eq. (7) compares images")
-    require(not (c.warm_up and c.epochs) or c.warm_up < c.epochs, "--warm-up must be below --epochs")
+    require(c.warm_up < (c.epochs or np.inf), "--warm-up must be below --epochs")
     Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
     for arch in filter(None, (c.arch, c.student_arch)):
         weight_shapes(arch, 10)
 
 def main(argv=None):
-    """Run a command. Exit codes: 0, 1 for an expected failure, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run a command.   -> exit code: 0, 1 expected failure, 2 wrong usage, 130 Ctrl-C"""
     global THREADS
     command, c, path = parse(sys.argv[1:] if argv is None else argv)
     try:

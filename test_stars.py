@@ -6,22 +6,33 @@ drawn by hypothesis, and on mutants of stars, which it must fail. All in float64
     1  finite differences, and the tests of the tester
     2  operators           5  losses            8  mutants
     3  spiking neuron      6  optimisers        9  fast paths, GPU parity
-    4  networks            7  arguments, devices, imports
+    4  networks            7  arguments, devices   10  data and files; the PyTorch peer, bench
 """
 import argparse
 import ast
 import contextlib
 import copy
+import gzip
+import hashlib
+import http.server
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import socket
+import struct
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+import tracemalloc
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -1153,7 +1164,7 @@ def test_augmentations_are_drawn_from_the_whole_range():
     assert np.unique(offsets).tolist() == [0, 1, 2, 3, 4] and offsets.shape == (1000, 2)
     assert flips.dtype == bool and 400 < flips.sum() < 600
 
-A4, A2, V3 = np.ones((2, 4, 4, 3)), np.ones((2, 3)), np.ones(3)
+A4, A2, V3 = np.ones((2, 4, 4, 3)), np.ones((2, 3)), np.ones(3)  # also in float32
 TEACHER = stars.Net(stars.init_weights(stars.weight_shapes("resnet8", 3, 2),
                                        np.random.default_rng(0)))
 BAD = [  # (call, what the sentence names)
@@ -1163,11 +1174,13 @@ BAD = [  # (call, what the sentence names)
     ("w", lambda: stars.conv2d(A4, np.ones((1, 3, 3, 4)))),
     ("w", lambda: stars.conv2d(A4, np.ones((3, 3)))),
     ("stride", lambda: stars.conv2d(A4, np.ones((1, 3, 3, 3)), 3)),
+    ("need", lambda: stars.conv2d(A4, np.ones((1, 3, 3, 3)), need="w")),
     ("gamma", lambda: stars.batch_norm(A4, np.ones(4), V3, V3, V3)),
     ("x", lambda: stars.batch_norm(A2[:1], V3, V3, V3, V3, train=True)),
     ("w", lambda: stars.linear(A2, np.ones((2, 4)), V3)),
     ("x", lambda: stars.linear(A4, np.ones((2, 3)), V3)),
     ("x", lambda: stars.max_pool(A4[:, 1:])), ("x", lambda: stars.avg_pool(A4[:, :, 1:])),
+    ("x", lambda: stars.max_pool(A2)), ("x", lambda: stars.global_average_pool(A2)),
     ("channels", lambda: stars.shortcut_a(A4, 2)),
     ("T", lambda: stars.mean_over_time(A2, 3)),
     ("offsets", lambda: stars.augment(A4, [[0, 0]], [True])),
@@ -1192,6 +1205,13 @@ BAD = [  # (call, what the sentence names)
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.1,))),
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0))),
     ("side", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0.02), side="left")),
+    *((name, lambda vectors=vectors: stars.tar(A2, *vectors, (0.2, 0.1, 0.02)))
+      for name, vectors in (("gamma", (A2[0, :1], V3, V3)), ("mean", (V3, A2[0, :1], V3)),
+                            ("var", (V3, V3, A2[0, :1])))),
+    ("gamma", lambda: stars.norm_activation(A4, np.ones(2), V3, V3, V3)),
+    ("T", lambda: stars.norm_activation(A4, V3, V3, V3, V3, stars.Neuron(), 3)),
+    ("v_th", lambda: stars.norm_activation(A4, V3, V3, V3, V3, stars.Neuron(), 2, -1)),
+    ("x", lambda: stars.norm_activation(A2[:1], V3, V3, V3, V3, train=True)),
     ("tau", lambda: stars.distillation_loss(A2, A2, 0)),
     ("x", lambda: stars.synthesis_loss(A2, TEACHER, TEACHER)),
     ("x", lambda: stars.synthesis_loss(A4[..., :1], TEACHER, TEACHER)),
@@ -1201,8 +1221,11 @@ BAD = [  # (call, what the sentence names)
     ("size", lambda: stars.generator_shapes(30)),
     ("device", lambda: stars.use_device("tpu"))]
 
+@pytest.mark.parametrize("dtype", ("f8", "f4"))
 @pytest.mark.parametrize("i", range(len(BAD)))
-def test_a_bad_argument_is_named(i):
+def test_a_bad_argument_is_named(i, dtype, monkeypatch):
+    for name in ("A4", "A2", "V3"):
+        monkeypatch.setitem(globals(), name, globals()[name].astype(dtype))
     with pytest.raises(ValueError) as error:
         BAD[i][1]()
     sentence = str(error.value)
@@ -1271,6 +1294,7 @@ def test_without_numpy_it_ends_in_one_sentence(monkeypatch):
 # ---- 8  Mutants ----------------------------------------------------------------------------------
 
 SPEC = SOURCE[:SOURCE.index("# ---- 7  ")]  # sections 0 to 6
+FAST = SOURCE[SOURCE.index("# ---- 12  "):]
 
 def mutant(tree_or_source):
     module = types.ModuleType("mutant")
@@ -1390,11 +1414,41 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("m / (1 - betas[0] ** step)", "m", "adam_is_its_formula"),
     ("(step + 1) / warm_up", "step / warm_up", "cosine_schedule_is_its_formula")]
 
-@pytest.mark.parametrize("i", range(len(MUTANTS)))
+FAST_MUTANTS = [  # as above, of section 12
+    ("total = np.add(m1, m2", "total = np.subtract(m1, m2", "fast_conv2d_is_conv2d"),
+    ("np.negative(o.reshape(shape)[:, 0], out", "np.positive(o.reshape(shape)[:, 0], out",
+     "fast_conv2d_is_conv2d"),
+    ("_kernel(w[:, :, ::-1, ::-1]", "_kernel(w[:, :, ::-1]", "fast_conv2d_is_conv2d"),
+    ("(b + c) / 2 - d]", "(b + c) / 2 + d]", "fast_conv2d_is_conv2d"),
+    ("pixels[:, :, :-1], pixels[:, :, -1] = rows, 0", "pixels[:, :, :-1] = rows",
+     "fast_conv2d_is_conv2d"),
+    ("padded[:, rows, cols][:, :h, :v] += dcols", "padded[:, rows, cols][:, :h, :v] = dcols",
+     "fast_conv2d_is_conv2d"),
+    ("min(n, (k + 1) * chunk)", "(k + 1) * chunk", "parallel_covers_its_range_in_order"),
+    ("n * (m - mean) ** 2", "0 * (m - mean) ** 2", "moments_are_mean_and_variance"),
+    ("mean + shift / count", "mean", "moments_are_mean_and_variance"),
+    ("sigmoid=2, atan", "sigmoid=4, atan", "fast_norm_activation_is_norm_activation"),
+    ("if t == 0 or len(v) > 1 or sc is not None:", "if t == 0:",
+     "fast_norm_activation_is_norm_activation"),
+    ("spike = np.greater_equal(u, v_th", "spike = np.greater_equal(u, 1",
+     "fast_norm_activation_is_norm_activation"),
+    ("np.multiply(du, neuron.lam, out=after)", "after[...] = du",
+     "fast_norm_activation_is_norm_activation"),
+    ("k * (dgamma * inv * mean - dbeta)", "-k * dbeta", "fast_norm_activation_is_norm_activation"),
+    ("        after -= r", "        after += r", "fast_norm_activation_is_norm_activation"),
+    ("du *= amplitude", "pass", "fast_norm_activation_is_norm_activation"),
+    ("(norm or 1)", "norm", "fast_tap_of_statistics_that_match_has_gradient_zero"),
+    ("np.minimum(e - pi, 0) if", "np.maximum(e - pi, 0) if", "fast_tap_is_bn_matching_and_tar"),
+    ("dm - 2 * db * m +", "dm +", "fast_tap_is_bn_matching_and_tar"),
+    ("slope = np.sign(gamma) /", "slope = 1 /", "fast_tap_is_bn_matching_and_tar")]
+
+@pytest.mark.parametrize("i", range(len(MUTANTS) + len(FAST_MUTANTS)))
 def test_a_mutant_is_killed(i, score):
-    old, new, check = MUTANTS[i]
-    assert SPEC.count(old) == 1 and new != old
-    score.append(killed_by(mutant(SOURCE.replace(old, new, 1)), [check]) == check)
+    old, new, check = (MUTANTS + FAST_MUTANTS)[i]
+    assert (SPEC if i < len(MUTANTS) else FAST).count(old) == 1 and new != old
+    before, part, after = SOURCE.partition(SPEC if i < len(MUTANTS) else FAST)
+    changed = before + part.replace(old, new) + after
+    score.append(killed_by(mutant(changed), [check]) == check)
     assert score[-1]
 
 def generated_mutants():
@@ -1453,6 +1507,145 @@ def assert_same_norms(tree, other, tol=1e-3):
     for a, b in zip(leaves(tree), leaves(other), strict=True):
         a, b = np.asarray(a, float), np.asarray(b, float)
         assert np.sqrt(((a - b) ** 2).sum()) <= tol * max(np.sqrt((a * a).sum()), 1e-6)
+
+# Each fast path beside its plain operator, in float64; a chunk is 1, 2, 3 or the default of images
+
+CHUNKS = (1, 2, 3, None)
+
+def assert_all_close(ours, plain, tol=1e-11):
+    for a, b in zip(leaves(ours), leaves(plain), strict=True):
+        assert a is None is b or assert_close(a, b, tol) is None
+
+@checks()
+def fast_conv2d_is_conv2d(S):
+    cases = [(5, 4, 4, 3, 2, 3, 3, 1), (4, 8, 5, 2, 7, 3, 3, 1), (7, 2, 3, 4, 4, 3, 3, 1),
+             (4, 2, 1, 3, 4, 3, 3, 1), (5, 7, 6, 3, 2, 3, 3, 1), (5, 8, 8, 3, 4, 3, 3, 2),
+             (4, 7, 9, 2, 3, 3, 3, 2), (5, 6, 6, 3, 4, 1, 1, 2), (5, 6, 5, 3, 4, 1, 1, 1),
+             (3, 6, 6, 2, 3, 5, 5, 1), (3, 7, 8, 2, 3, 5, 5, 2), (4, 5, 6, 2, 3, 1, 5, 2),
+             (2, 1, 1, 1, 1, 3, 3, 1)]
+    for i, (N, H, W, C, K, R, Q, stride) in enumerate(cases):
+        x, w = normal(i, (N, H, W, C), (K, C, R, Q))
+        y, back = S.conv2d(x, w, stride)
+        dy = normal(i + 1, y.shape)
+        dx, dw = back(dy)
+        for chunk, need in itertools.product(CHUNKS, ("xp", "x", "p", "")):
+            ours, ours_back = S.fast_conv2d(x, w, stride, need, chunk)
+            assert_all_close([ours, ours_back(dy)],
+                             [y, dx if "x" in need else None, dw if "p" in need else None])
+
+def norm_cases(S):
+    """(arguments of norm_activation from a on, chunk): activations, options, shortcuts, taps."""
+    chunk = itertools.cycle(CHUNKS)
+    def case(seed, activation, T, train, shortcut, first=False, V=1.0, A=1.0):
+        a, kept = normal(seed, (5 if first else 5 * T, 2, 3, 4), (5 * T, 2, 3, 4))
+        gamma, beta, mean, var = batch_norm_case(seed, (4,))[1:]
+        tap = lambda a: (np.sin(a).sum(), lambda: np.cos(a))
+        return (2 + 3 * a, gamma, beta, 2 + mean, 9 * var, activation, T, V, A, first,
+                kept if shortcut else None, train, tap if seed % 2 else None), next(chunk)
+    seeds, flags = itertools.count(), (False, True)
+    for activation, train, shortcut in itertools.product(
+            (S.relu, S.leaky_relu, S.identity), flags, flags):
+        for _ in CHUNKS:
+            yield case(next(seeds), activation, 1, train, shortcut)
+    for (lam, v_init, V, A), T in (((0.5, 0.0, 1.0, 1.0), 3), ((0.9, 0.5, 0.7, 1.3), 4),
+                                   ((1.0, 0.2, 1.5, 0.6), 1)):
+        for neuron, train in itertools.product(neurons(S, lam, v_init), flags):
+            for shortcut, first in ((False, False), (True, False), (False, True)):
+                yield case(next(seeds), neuron, T, train, shortcut, first, V, A)
+
+@checks()
+def fast_norm_activation_is_norm_activation(S):
+    rates = []
+    for i, (args, chunk) in enumerate(norm_cases(S)):
+        (z, running, tapped), back = S.norm_activation(*args)
+        dz = normal(10000 + i, z.shape)
+        grads = back(dz)
+        (ours, our_running, our_tapped), our_back = S.fast_norm_activation(*args, chunk=chunk)
+        if isinstance(args[5], S.Neuron):
+            assert (ours == z).all()  # the same spikes
+            rates.append((z != 0).mean())
+        assert_all_close([ours, our_running, our_back(dz)], [z, running, grads])
+        assert our_tapped == tapped
+        if i % 4 == 0:
+            only_x = S.fast_norm_activation(*args, need="x", chunk=chunk)[1](dz)
+            assert_all_close(only_x, [grads[0], None, None, grads[3]])
+    assert 0.1 < np.mean(rates) < 0.7
+
+@checks()
+def fast_tap_is_bn_matching_and_tar(S):
+    a, gamma, _, mean, var = map(np.array, batch_norm_case(0, (5, 2, 3, 6)))
+    gamma[:3] = -1.5, 0, 0.5
+    a[..., 3], mean[3], var[3] = 0.7, 0.7, 0  # a dead channel
+    pi = (0.18, 0.03, 0.003)
+    weights = ((1.0, 100.0), (0.7, 0.0), (0.0, 30.0), (0.0, 0.0))
+    for side, (w_bn, w_tar), chunk in itertools.product(("two-sided", "at-least"), weights, CHUNKS):
+        tail = S.Tail(kappa=(0.5, 1, 2), tau=0.4, side=side)
+        losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=chunk)
+        bn, bn_back = S.bn_matching(a, mean, var)
+        tar, tar_back = S.tar(a, gamma, mean, var, pi, tail.kappa, tail.tau, side)
+        assert_all_close(losses, [bn * (w_bn > 0), tar * (w_tar > 0)])
+        assert_close(back() + 1, bn_back(w_bn) + tar_back(w_tar) + 1)
+        assert w_bn == 0 or assert_close(back(), bn_back(w_bn) + tar_back(w_tar), 1e-10) is None
+
+@checks()
+def fast_tap_of_statistics_that_match_has_gradient_zero(S):
+    a = normal(0, (4, 2, 2, 3))
+    mean, var = S.moments(a)
+    (bn, _), back = S.fast_tap(a, np.ones(3), mean, var, (0.1,), 1.0, 0.0, S.Tail("0.1", (1,)))
+    assert bn == 0 and not back().any()
+
+@checks()
+def moments_are_mean_and_variance(S):
+    y = 3 + 2 * normal(0, (7, 3, 2, 5))
+    for chunk in CHUNKS:
+        assert_all_close(S.moments(y, chunk), [y.mean((0, 1, 2)), y.var((0, 1, 2))])
+    single = (1000 + normal(0, (64, 8, 8, 3))).astype("f4")  # a mean of 1000 standard deviations
+    (mean, var), exact = S.moments(single), single.astype("f8")
+    assert_close(mean, exact.mean((0, 1, 2)), 1e-9)
+    assert_close(var, exact.var((0, 1, 2)), 1e-6)
+
+@checks()
+def parallel_covers_its_range_in_order(S):
+    for n, chunk in itertools.product((1, 2, 7, 9), (1, 2, 3, 10)):
+        ranges = S.parallel(lambda i, j: (i, j), n, chunk)
+        assert ranges == [(i, min(n, i + chunk)) for i in range(0, n, chunk)]
+    with pytest.raises(ZeroDivisionError):
+        S.parallel(lambda i, j: 1 / (i - 2), 4, 1)
+
+def in_float32(a):
+    return a.astype("f4") if isinstance(a, np.ndarray) else a
+
+def test_fast_paths_do_not_depend_on_the_number_of_threads(monkeypatch):
+    x, w = normal(0, (7, 8, 8, 4), (5, 4, 3, 3))
+    cases = [case for case, _ in norm_cases(stars)][::9]
+    def everything():
+        for stride, kernel in ((1, w), (2, w), (1, w[:, :, :1, :1])):
+            y, back = stars.fast_conv2d(*map(in_float32, (x, kernel)), stride, chunk=2)
+            yield from (y, *back(y))
+        for args in cases:
+            (z, running, _), back = stars.fast_norm_activation(*map(in_float32, args), chunk=1)
+            yield from (z, *running, *back(z))
+        vectors = [in_float32(v) for v in (w[0, :, 0, 0], w[1, :, 0, 0], 1 + w[2, :, 0, 0] ** 2)]
+        losses, back = stars.fast_tap(in_float32(x), *vectors, (.2, .1, .02), 1., 9., stars.Tail(),
+                                      chunk=2)
+        yield from (*losses, back(), *stars.moments(in_float32(x), 3))
+    monkeypatch.setattr(stars, "THREADS", 1)
+    alone = list(everything())
+    for threads in (2, 3):
+        monkeypatch.setattr(stars, "THREADS", threads)
+        for a, b in zip(everything(), alone, strict=True):
+            assert a is b is None or (np.asarray(a) == b).all()
+
+def test_float32_norm_activation_is_near_float64():
+    for args, _ in norm_cases(stars):
+        (z, running, _), back = stars.norm_activation(*args)
+        (ours, our_running, _), our_back = stars.norm_activation(*map(in_float32, args))
+        dz = normal(10000, z.shape)
+        pairs = [(ours, z), *zip(our_running, running), *zip(our_back(in_float32(dz)), back(dz))]
+        for low, high in pairs:
+            if high is not None:
+                assert low.dtype == "f4"
+                assert_close(low, high, 1e-4)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_on_the_cpu_computes_the_definitions(family, monkeypatch):
@@ -1537,6 +1730,486 @@ def test_gpu_steps_agree_where_the_spikes_do(gpu, monkeypatch):
     CLOSING.append(f"GPU: {100 * np.mean(flips):.4f} % of the spikes flip")
     assert next(replay, None) is None and np.mean(flips) < 1e-3
     assert_same_norms(cpu, gpu_side)
+
+# ---- 10  Data and files --------------------------------------------------------------------------
+
+def refused(text, call, *args, **options):
+    """The call ends in a UserError of one short line that holds text."""
+    with pytest.raises(stars.UserError) as caught:
+        call(*args, **options)
+    sentence = str(caught.value)
+    assert text in sentence and "\n" not in sentence and len(sentence) < 1200, sentence
+
+COUNTS = {"train": 20, "test": 6}
+
+@pytest.fixture
+def small(monkeypatch):
+    """The data sets have 20 images to train on and 6 to test on."""
+    for name, classes in ("cifar10", 10), ("cifar100", 100), ("tiny-imagenet", 4):
+        few = stars.DATASETS[name]._replace(classes=classes, **COUNTS)
+        monkeypatch.setitem(stars.DATASETS, name, few)
+
+def cifar_files(name):
+    """{path in the archive: bytes}, {split: (x, y)}, byte by byte from the format's description."""
+    rng, files, truth, folder = np.random.default_rng(0), {}, {}, stars.FOLDERS[name][0]
+    for (split, n), parts in zip(COUNTS.items(), stars.FOLDERS[name][1:]):
+        x = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        y = rng.integers(0, stars.DATASETS[name].classes, n)
+        head = lambda label: bytes([label // 5, label])[name == "cifar10":]
+        records = [head(k) + image.transpose(2, 0, 1).tobytes() for image, k in zip(x, y)]
+        truth[split] = x, y
+        for k, part in enumerate(parts):
+            files[f"{folder}/{part}"] = b"".join(records[k * n // len(parts):][:n // len(parts)])
+    return files, truth
+
+def write_folder(root, files):
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+def write_tar(root, name, members):
+    """members: pairs of a name or a TarInfo, and bytes."""
+    path = root / stars.DOWNLOADS[name][2]
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for info, data in members:
+            info = tarfile.TarInfo(info) if isinstance(info, str) else info
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+def write_zip(path, files, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+@pytest.mark.parametrize("name", ("cifar10", "cifar100"))
+def test_cifar_reads_what_was_written(small, tmp_path, name):
+    files, truth = cifar_files(name)
+    write_folder(tmp_path / "folder", files)
+    (tmp_path / "tar").mkdir()  # in any order, beside members that lead out of the folder
+    members = [*reversed(files.items()), ("../evil", b"1"), ("/etc/evil", b"2")]
+    write_tar(tmp_path / "tar", name, members)
+    for form, (split, (images, labels)) in itertools.product(("folder", "tar"), truth.items()):
+        x, y = stars.load_dataset(name, split, str(tmp_path / form))
+        assert (x == images).all() and (y == labels).all() and (x.dtype, y.dtype) == ("u1", "i8")
+    assert len(os.listdir(tmp_path / "tar")) == 1  # nothing was extracted
+
+def test_an_absent_data_set_says_where_to_put_it(small, tmp_path):
+    assert stars.find_dataset("cifar10", "test", str(tmp_path)) is None
+    refused("cs.toronto.edu", stars.load_dataset, "cifar10", "test", str(tmp_path))
+    refused("no data set 'cifar11': use cifar10", stars.find_dataset, "cifar11", "test", ".")
+    refused("no data set", stars.find_dataset, str(tmp_path / "none.npz"), "test", ".")
+    files, truth = cifar_files("cifar100")
+    write_folder(tmp_path, {k: v for k, v in files.items() if "test" in k})
+    assert stars.find_dataset("cifar100", "train", str(tmp_path)) is None  # one split is there
+    assert (stars.load_dataset("cifar100", "test", str(tmp_path))[1] == truth["test"][1]).all()
+
+def test_damaged_and_hostile_cifar_is_refused(small, tmp_path):
+    name, path = "cifar-10-batches-bin/test_batch.bin", tmp_path / "cifar-10-binary.tar.gz"
+    data = cifar_files("cifar10")[0][name]
+    def check(text, *members):
+        if members:
+            write_tar(tmp_path, "cifar10", members)
+        refused(text, stars.load_dataset, "cifar10", "test", str(tmp_path))
+    for wrong in (data[:-1], data + b"0", b""):
+        check("test_batch.bin does not have", (name, wrong))
+    check("labels", (name, b"\x0a" + data[1:]))
+    check("twice", (name, data), (name, data))
+    check("cannot be read", ("../" + name, data), ("/" + name, data))
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = kind, "/etc/passwd"
+        check("cifar-10-binary.tar.gz cannot be read", (link, b""))
+    whole = write_tar(tmp_path, "cifar10", [(name, data)]).read_bytes()
+    for wrong in (*(whole[:cut] for cut in (0, 1, 10, 100, len(whole) - 1)), b"<html></html>"):
+        path.write_bytes(wrong)
+        check("delete it and add --download")
+    for kind in (b"0", b"x", b"g", b"L", b"K", b"S", b"2", b"Z"):  # sizes of -512: tarfile circles
+        block = bytearray(tarfile.TarInfo("a").tobuf())
+        block[156:157], block[124:136] = kind, b"\xff" * 10 + struct.pack(">h", -512)
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        path.write_bytes(gzip.compress(bytes(block) + b"\0" * 2048))
+        check("cannot be read")
+    path.unlink()
+    write_folder(tmp_path, {name: data[:-1]})
+    check("test_batch.bin does not have")
+
+def peak_memory(call):
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+def test_a_gzip_bomb_stays_below_its_bound(small, tmp_path):
+    with gzip.open(tmp_path / "cifar-10-binary.tar.gz", "wb", 1) as file:
+        head = tarfile.TarInfo("pax")
+        head.size, head.type = 1 << 33, tarfile.XHDTYPE
+        file.write(head.tobuf() + bytes(1 << 20))
+        for _ in range(300):
+            file.write(bytes(1 << 20))
+    load = lambda: refused("cannot be read", stars.load_dataset, "cifar10", "test", str(tmp_path))
+    assert peak_memory(load) < 2.2 * 2 ** 28
+
+def jpeg(size, colour):
+    Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    image = Image.new("RGB" if isinstance(colour, tuple) else "L", size, colour)
+    image.save(buffer := io.BytesIO(), "JPEG", quality=95)
+    return buffer.getvalue()
+
+def tiny_files():
+    """Images of one colour each, the first of each class in grey; the colours and labels."""
+    rng, ids = np.random.default_rng(1), [f"n0000000{k}" for k in (7, 1, 9, 3)]
+    names = {"test": [(f"val/images/val_{k}.JPEG", ids[k % 4]) for k in range(6)],
+             "train": [(f"train/{c}/images/{c}_{k}.JPEG", c) for c in ids for k in range(5)]}
+    names["train"].sort()
+    lines = "".join(f"{name[11:]}\t{c}\t0\t32\t44\t62\n" for name, c in names["test"])
+    files = {"wnids.txt": "\n".join(ids).encode(), "val/val_annotations.txt": lines.encode()}
+    truth = {"train": [], "test": []}
+    for split, name, c in ((split, *pair) for split in names for pair in names[split]):
+        colour = tuple(map(int, rng.integers(0, 256, 3)))
+        grey = name.endswith("_0.JPEG") and split == "train"
+        files[name] = jpeg((64, 64), colour[0] if grey else colour)
+        truth[split].append((colour[:1] * 3 if grey else colour, sorted(ids).index(c)))
+    return {"tiny-imagenet-200/" + name: data for name, data in files.items()}, truth
+
+def test_tiny_imagenet(small, tmp_path, monkeypatch):
+    files, truth = tiny_files()
+    write_folder(tmp_path / "folder", files)
+    (tmp_path / "zip").mkdir()
+    write_zip(path := tmp_path / "zip" / "tiny-imagenet-200.zip", files)
+    for split, form in itertools.product(truth, ("folder", "zip")):
+        x, y = stars.load_dataset("tiny-imagenet", split, str(tmp_path / form))
+        assert x.shape == (COUNTS[split], 64, 64, 3) and y.tolist() == [c for _, c in truth[split]]
+        assert abs(x.mean((1, 2)) - [colour for colour, _ in truth[split]]).max() < 4
+    load = lambda: stars.load_dataset("tiny-imagenet", "test", str(tmp_path / "zip"))
+    folder = "tiny-imagenet-200/val/"
+    image, labels = folder + "images/val_0.JPEG", folder + "val_annotations.txt"
+    for name, data in ((image, b""), (image, b"\x89PNG"), (image, b"\xff\xd8\xff"), (labels, b""),
+                       (image, jpeg((1, 64), (1, 2, 3))), (labels, b"\xff\xfe"),
+                       (labels, b"../../x.JPEG\tn00000001\t0\n")):
+        write_zip(path, files | {name: data})
+        refused("tiny-imagenet-200.zip", load)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    refused("pip install pillow", load)
+
+X32 = np.zeros((3, 32, 32, 3), np.uint8)
+
+def test_a_data_set_of_your_own(tmp_path):
+    path, rng = str(tmp_path / "mine.npz"), np.random.default_rng(0)
+    load = lambda split="test", **more: stars.load_dataset(path, split, "nowhere", **more)
+    for size in (32, 64):
+        x, y = rng.integers(0, 256, (7, size, size, 3), dtype=np.uint8), np.arange(7, dtype="u1")
+        np.savez_compressed(path, x_test=x, y_test=y)
+        got, labels = load(classes=7)
+        assert (got == x).all() and (labels == y).all() and labels.dtype == "i8"
+    refused("x_train", load, "train")
+    refused("labels", load, classes=6)
+    for x, y in ((X32.astype("f4"), [0, 1, 2]), (X32.transpose(0, 3, 1, 2), [0, 1, 2]), (X32[0], 3),
+                 (X32, [0, 1]), (X32, [0, 1, -1]), (X32, [0., 1, 2]), (X32, [[0], [1], [2]]),
+                 (X32[:0], []), (X32[:, :28, :28], [0, 1, 2]), (X32[..., :1], [0, 1, 2]),
+                 (np.uint8(3), 3), (X32, [0, 1, 40000]), (np.array([None, {}]), [0, 1])):
+        np.savez(path, x_test=x, y_test=np.asarray(y))
+        refused("mine.npz cannot be read", load)
+
+def test_shapes_are_repeatable_balanced_and_not_linear():
+    x, y = stars.draw_shapes(4000, 0)
+    again, labels = stars.draw_shapes(4000, 0)
+    held, truth = stars.load_dataset("shapes", "test", "nowhere")
+    assert (x == again).all() and (y == labels).all() and (x.dtype, y.dtype) == ("u1", "i8")
+    assert x.shape[1:] == (32, 32, 3) and np.bincount(y).min() > 340 and len(held) == 2000
+    assert not (held[:100] == x[:100]).all((1, 2, 3)).any()
+    known = stars.DATASETS["shapes"]
+    assert np.allclose(x.mean((0, 1, 2)) / 255, known.mean, atol=.02)
+    assert np.allclose(x.std((0, 1, 2)) / 255, known.std, atol=.02)
+    flat = lambda images: images[:, ::2, ::2].reshape(len(images), -1) / 127.5 - 1
+    a = flat(x)  # ridge regression on the pixels
+    w = np.linalg.solve(a.T @ a + 100 * np.eye(a.shape[1]), a.T @ (np.eye(10)[y] - .1))
+    assert ((flat(held) @ w).argmax(1) == truth).mean() < .25
+
+BODY = np.random.default_rng(0).bytes(300_000)
+MD5 = hashlib.md5(BODY, usedforsecurity=False).hexdigest()
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server with every fault, by the name of what is asked for."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.close_connection, kind = True, self.path.strip("/")
+        if kind == "missing":
+            return self.send_error(404)
+        if kind == "garbage":
+            return self.wfile.write(b"this is not http\n\n" * 3)
+        if kind == "silent":
+            return time.sleep(1)
+        self.send_response(302 if kind in ("loop", "once") else 200)
+        if kind in ("loop", "once"):
+            self.send_header("Location", "/loop" if kind == "loop" else "/good")
+        length = {"short": len(BODY) + 5, "long": len(BODY) - 5, "huge": 10 ** 12, "odd": "many",
+                  "loop": 0, "once": 0}.get(kind, len(BODY))
+        if kind not in ("none", "endless"):
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        pieces = {"loop": [], "once": [], "cut": [BODY[:99_999]], "wrong": [BODY[:-1] + b"!"],
+                  "stalls": [BODY[:99_999], 1], "endless": [BODY] * 100,
+                  "drips": [b"a", .05] * 30}.get(kind, [BODY])
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                self.wfile.write(piece) if isinstance(piece, bytes) else time.sleep(piece)
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{it.server_port}/"
+        it.shutdown()
+
+def test_downloads_are_whole_or_leave_what_was_there(server, tmp_path):
+    for kind, announced in (("good", len(BODY)), ("none", 0), ("once", len(BODY)),
+                            ("short", len(BODY) + 5)):  # the MD5 decides
+        seen, path = [], tmp_path / kind / "file"
+        stars.download(server + kind, MD5, path, 10 ** 6, lambda *numbers: seen.append(numbers))
+        assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
+        assert seen[-1] == (len(BODY), announced)
+    path.write_bytes(b"old")
+    for kind in ("loop", "missing", "garbage", "silent", "long", "huge", "endless", "odd", "cut",
+                 "stalls", "drips", "wrong"):
+        refused(server + kind, stars.download, server + kind, MD5, path, 10 ** 6, None, .3, .3)
+        assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+
+def test_a_download_from_nobody(tmp_path):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        for url in (f"http://127.0.0.1:{held.getsockname()[1]}/x", "nonsense", "http://a:99999/"):
+            refused(f"{url} cannot be read", stars.download, url, MD5, tmp_path / "file", 10 ** 6)
+    assert os.listdir(tmp_path) == []
+
+def run_python(code, *args, **options):
+    return subprocess.Popen([sys.executable, "-B", "-c", code, *map(str, args)], text=True,
+                            cwd=Path(stars.__file__).parent, stdout=subprocess.PIPE, **options)
+
+def test_two_processes_download_at_once(server, tmp_path):
+    code = "import stars, sys; stars.download(*sys.argv[1:4], 10 ** 6)"
+    both = [run_python(code, server + "good", MD5, tmp_path / "file") for _ in range(2)]
+    assert [process.communicate()[0] + str(process.returncode) for process in both] == ["0", "0"]
+    assert (tmp_path / "file").read_bytes() == BODY and os.listdir(tmp_path) == ["file"]
+
+@pytest.mark.parametrize("error", (OSError(28, "No space"), KeyboardInterrupt(),
+                                   stars.UserError("x")))
+@pytest.mark.parametrize("when", ("write", "fsync", "replace"))
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error, when):
+    stars.write_atomic(path := tmp_path / "new" / "file", b"old")
+    def fail(*_):
+        raise error
+    if when != "write":
+        monkeypatch.setattr(os, when, fail)
+    with pytest.raises((stars.UserError, KeyboardInterrupt), match="No space|x|^$"):
+        stars.write_atomic(path, fail if when == "write" else b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path / "new") == ["file"]
+    monkeypatch.undo()
+    stars.write_atomic(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    refused("cannot write", stars.write_atomic, path / "x", b"")
+    refused("cannot write", stars.write_atomic, tmp_path, b"")  # a folder is in the way
+
+def test_a_full_disk_in_a_process(tmp_path):
+    resource = pytest.importorskip("resource", reason="no file size limits here")
+    (path := tmp_path / "w.npz").write_bytes(b"old")
+    code = ("import stars, sys, numpy as np\n"
+            "try: stars.save_weights(sys.argv[1], {'w': np.ones((999, 999))}, {})\n"
+            "except stars.UserError as error: print(error)")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    told = run_python(code, path, preexec_fn=limit).communicate()[0]
+    assert told.startswith("cannot write") and "make room" in told and told.count("\n") == 1
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["w.npz"]
+
+def test_shipped_files_are_checked(tmp_path):
+    (path := tmp_path / "t.npz").write_bytes(b"abc")
+    refused("No such file", stars.check_shipped, path)
+    digest = hashlib.sha256(b"abc").hexdigest()
+    for listed in (f"{'0' * 64}  t.npz\n", f"{digest}  u.npz\n", "nonsense\n"):
+        (tmp_path / "SHA256SUMS").write_text(listed)
+        refused("repository", stars.check_shipped, path)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  u.npz\n{digest}  t.npz\n")
+    assert stars.check_shipped(path) == digest
+
+def some_params(classes=10):
+    rng, shapes = np.random.default_rng(0), {
+        "conv1.weight": (16, 3, 3, 3), "bn1.weight": (16,), "bn1.running_var": (16,),
+        "bn1.v_th": (), "linear.bias": (classes,), "linear.weight": (classes, 16)}
+    return {name: np.asarray(abs(rng.normal(size=s)), np.float32) for name, s in shapes.items()}
+
+def test_weights_come_back_as_they_were_rounded(tmp_path):
+    path, params = tmp_path / "w.npz", some_params()
+    info = {"arch": "resnet20", "T": 4, "mean": np.float32([.5, .25, .5]), "note": "\u00e9"}
+    stars.save_weights(path, params, info)
+    got, read = stars.load_weights(path)
+    assert read == info | {"classes": 10, "mean": [.5, .25, .5]} and got.keys() == params.keys()
+    stored = stars.rounded(params)
+    for name, a in params.items():
+        assert got[name].dtype == "f4" and (got[name] == stored[name]).all()
+        assert (stored[name] == (a.astype(np.float16) if a.ndim > 1 else a)).all()
+    with np.load(path) as plain:  # anybody can read it
+        assert plain["conv1.weight"].dtype == "f2" and json.loads(str(plain["info"]))["T"] == 4
+    same = {name: params[name].astype("f8", order="F") for name in reversed(params)}
+    stars.save_weights(tmp_path / "b.npz", same, dict(reversed(info.items())))
+    assert path.read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with zipfile.ZipFile(path) as archive:  # at any time
+        assert {entry.date_time[0] for entry in archive.infolist()} == {1980}
+    stored = stars.rounded({"big": np.full((2, 2), 1e5), "small": np.ones((2, 2))})
+    assert [a.dtype for a in stored.values()] == ["f4", "f2"] and stored["big"][0, 0] == 1e5
+    refused("w is not finite", stars.rounded, {"w": np.array([math.nan])})
+
+def test_arch_and_classes_must_agree(tmp_path):
+    path, params = tmp_path / "w.npz", some_params()
+    for info, args, text in (
+            ({"arch": "resnet20"}, ("resnet32",), "has arch resnet20, not resnet32"),
+            ({"arch": "resnet20"}, (None, 100), "has classes 10, not 100"), ({}, (), "add --arch"),
+            ({"classes": 11}, (), "classes 11, not 10"), ({"arch": ["x"]}, (), "add --arch")):
+        stars.save_weights(path, params, info)
+        refused(text, stars.load_weights, path, *args)
+    stars.save_weights(path, params, {})
+    assert stars.load_weights(path, "resnet8", 10)[1] == {"arch": "resnet8", "classes": 10}
+
+def test_names_of_public_checkpoints():
+    names = {"conv1.weight": "conv1.weight", "layer1.0.bn1.weight": "layer1.0.bn1.weight",
+             "layer2.0.downsample.0.weight": "layer2.0.shortcut.0.weight",
+             "layer2.0.shortcut.1.bias": "layer2.0.shortcut.1.bias", "fc.weight": "linear.weight",
+             "bn1.num_batches_tracked": None, "fc.bias": "linear.bias"}
+    theirs = {name: np.float32(k) for k, name in enumerate(names)}
+    ours = {ours: theirs[name] for name, ours in names.items() if ours}
+    for prefix in ("", "module.", "state_dict.", "model.", "state_dict.module.", "module.model."):
+        assert stars.public_names({prefix + n: a for n, a in theirs.items()}) == ours
+    mixed = {"module." + name: a for name, a in theirs.items()} | {"epoch": 1}
+    assert "module.conv1.weight" in stars.public_names(mixed)  # left for the list of what is wrong
+    refused("under two names", stars.public_names, theirs | {"linear.weight": 0})
+    assert stars.public_names({"fc.weight": 1, "bn0.bias": 2}) == {"fc.weight": 1, "bn0.bias": 2}
+
+def test_biases_of_vgg_go_into_the_running_mean():
+    w, b, mean, var, x = normal(0, (4, 3, 1, 1), (4,), (4,), (4,), (7, 1, 1, 3))
+    raw = {"features.0.weight": w, "features.0.bias": b, "features.1.running_mean": mean}
+    got = stars.public_names(raw)
+    assert set(raw) - set(got) == {"features.0.bias"}
+    y, name = stars.conv2d(x, w)[0], "features.1.running_mean"
+    norm = lambda y, p: stars.batch_norm(y, mean, mean, p[name], var ** 2)[0][0]
+    assert_close(norm(y, got), norm(y + b, raw))
+    odd = raw | {"features.0.bias": b[:1], f"features.{'9' * 5000}.bias": b}
+    assert "features.0.bias" in stars.public_names(odd)  # not broadcast: left over
+
+def test_all_that_does_not_fit_is_listed():
+    params = some_params()
+    shapes = {name: a.shape for name, a in params.items()}
+    turned = dict(reversed(shapes.items()))
+    assert list(stars.check_weights(params, turned)) == list(turned)
+    wrong = {k.replace("bn1.weight", "extra"): v for k, v in params.items()}
+    wrong["bn1.v_th"] = np.ones(1)
+    for text in ("w.npz does not fit", "no bn1.weight", "unknown extra", "bn1.v_th (1,), not ()"):
+        refused(text, stars.check_weights, wrong, shapes, "w.npz")
+    refused("12 more", stars.check_weights, {}, {f"layer{k}": () for k in range(20)})
+
+def raw_npz(path, header, data=b"", magic=b"\x93NUMPY\x01\x00", **options):
+    """An .npz whose one entry has any header."""
+    header = header if isinstance(header, bytes) else header.encode("latin1")
+    size = struct.pack("<H" if magic[6] == 1 else "<I", len(header))
+    write_zip(path, {"w.npy": magic + size + header + data}, **options)
+
+HEAD = "{'descr': %s, 'fortran_order': False, 'shape': %s, }\n"
+
+def test_hostile_files_of_weights_are_refused(tmp_path):
+    path = tmp_path / "w.npz"
+    def check(text="w.npz cannot be read"):
+        refused(text, stars.load_weights, path, "resnet20")
+    check("No such file")
+    refused("s a directory", stars.load_weights, tmp_path, "resnet20")
+    for descr, shape, data in (
+            ("'|O'", "(1,)", b"cos\nsystem\n(S'true'\ntR."), ("'<f4'", "(2,)", b"1234"),
+            ("'<f4'", "(-1, -1)", b"1234"), ("'<f4'", "(10**12,)", b""), ("'<f4", "(1,)", b""),
+            ("'<f4'", "(1000000000000,)", b""), ("'<f4'", "(0, 99999999999999999999)", b""),
+            ("'<U0'", "(1000000000000,)", b""), ("[('a', '<f4')]", "(1,)", b"1234"),
+            ("'<M8[s]'", "(1,)", b"12345678"), ("'<f4'", "(True,)", b"12"),
+            ("'|S4'", "(1,)", b"1234"), ("'|V4'", "(1,)", b"1234"), ("'<U1'", "(1,)", b"1234"),
+            ("'<c8'", "(1,)", b"12345678"), ("{[]: 1}", "(1,)", b""), ("'<f4'", "(" * 3000, b"")):
+        raw_npz(path, HEAD % (descr, shape), data)
+        check()
+    raw_npz(path, HEAD % ("'<f4'", "(1,)") + " " * 60_000, b"1234")
+    check()
+    for version, header in ((2, b" " * 10 ** 7), (9, b" ")):
+        raw_npz(path, header, magic=b"\x93NUMPY" + bytes([version, 0]))
+        check()
+    write_zip(path, {"archive/data.pkl": b"\x80\x02}q\x00."})  # what torch.save writes
+    check("PyTorch checkpoints see the README")
+    for data in (b"", b"\x80\x02}q\x00.", b"PK\x05\x06", b"\x93NUMPY\x01\x00", BODY[:1000]):
+        path.write_bytes(data)
+        check()
+    for text in ("[1]", "3", "{", '"a"', "[" * 100_000, "\ud800"):
+        np.savez(path, info=np.array(text))
+        check("info")
+    for wrong in (math.nan, math.inf, -math.inf, 1e300):
+        np.savez(path, **{"a.weight": np.ones(3), "b.weight": np.array([[1., wrong]])})
+        check("b.weight is not finite")
+    np.savez(path, **{"bn1.running_var": -np.ones(3)})
+    check("bn1.running_var")
+    with pytest.warns(UserWarning), zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", b"1")
+        archive.writestr("w.npy", b"2")
+    check("an entry twice")
+
+def test_zip_bombs_are_refused(tmp_path):
+    path, u1 = tmp_path / "w.npz", HEAD % ("'|u1'", "(99999999,)")
+    for pack in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        raw_npz(path, u1, bytes(10), compression=pack)
+        refused("neither stored nor deflated", stars.read_npz, path)
+    for said, text in ((2 ** 30 + 1, "more than 1024 MiB"), (138, "cannot be read")):
+        raw_npz(path, u1, bytes(99999999), compression=zipfile.ZIP_DEFLATED)
+        raw = bytearray(path.read_bytes())  # the directory says another size
+        at = raw.index(b"PK\x01\x02") + 24
+        raw[at:at + 4] = struct.pack("<I", said)
+        path.write_bytes(raw)
+        assert peak_memory(lambda: refused(text, stars.read_npz, path)) < 10 ** 7
+
+@settings(max_examples=2000 if "STARS_TORTURE" in os.environ else 60)
+@given(st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_torture_any_change_of_a_file_is_read_or_refused(tmp_path_factory, data):
+    path, params = tmp_path_factory.getbasetemp() / "w.npz", some_params()
+    save = data.draw(st.sampled_from((np.savez, np.savez_compressed)))
+    save(path, **{name: np.asarray(a, order=data.draw(st.sampled_from("CF")))
+                  for name, a in params.items()})
+    got, _ = stars.load_weights(path, "resnet20")
+    assert all((got[name] == a).all() for name, a in params.items())
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):  # near the start or in the directory at the end
+        low = data.draw(st.sampled_from([0, max(0, len(raw) - 900)]))
+        at = data.draw(st.integers(low, min(len(raw), low + 900)))
+        end = at + data.draw(st.sampled_from([0, 1, 1, 1, 4, 100, 10 ** 6]))
+        raw[at:end] = data.draw(st.binary(max_size=8))
+    header, junk = HEAD % ("'<f4'", "(3, 4)"), data.draw(st.binary(max_size=300))
+    at = data.draw(st.integers(0, 60))
+    for write in (lambda: path.write_bytes(raw),  # and any header where the checksum is right
+                  lambda: raw_npz(path, header[:at].encode() + junk + header[at:].encode())):
+        write()
+        with contextlib.suppress(stars.UserError):
+            got, _ = stars.load_weights(path, "resnet20")
+            assert all(a.dtype == "f4" and np.isfinite(a).all() for a in got.values())
+
+def test_safetensors(tmp_path, monkeypatch):
+    path, params = str(tmp_path / "w.safetensors"), some_params()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "safetensors", None)
+        refused("pip install safetensors", stars.load_weights, path, "resnet20")
+    save = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed").save_file
+    save({"module." + n: a for n, a in params.items()}, path, {"info": '{"arch": "resnet20"}'})
+    got, info = stars.load_weights(path, classes=10)
+    assert info == {"arch": "resnet20", "classes": 10}
+    assert got.keys() == params.keys() and all((got[n] == params[n]).all() for n in params)
+    whole = Path(path).read_bytes()
+    for data in (b"", whole[:-1], whole[:20], b"\xff" * 100, whole[:8] + b"{" * 50 + whole[58:]):
+        Path(path).write_bytes(data)
+        refused("w.safetensors cannot be read", stars.load_weights, path, "resnet20")
 
 # ---- PyTorch peer --------------------------------------------------------------------------------
 # The networks, Eq. (1)-(10) and both steps once more, from the equations, with autograd. Images are
@@ -1908,11 +2581,13 @@ BENCHED = ("distill_step_s", "synthesis_step_s", "teacher_forward_s", "student_f
 
 def peer_bench(a):
     """What stars.bench measures, of the peer in the memory format a.format."""
-    before, rng, last = stars._resident("VmRSS"), np.random.default_rng(0), a.format != "contiguous"
+    before = stars.resident("VmRSS")
+    rng, last = np.random.default_rng(0), a.format == "channels_last"
     torch.set_num_threads(a.threads)
     load = lambda shapes: peer_params(stars.init_weights(shapes, rng), last)
     teacher = stars.Net(load(stars.weight_shapes(a.arch, 10)))
-    student = stars.Net(load(stars.weight_shapes(a.student_arch or a.arch, 10)), stars.Neuron(), a.T)
+    shapes = stars.weight_shapes(a.student_arch or a.arch, 10)
+    student = stars.Net(load(shapes), stars.Neuron(), a.T)
     generator = load(stars.generator_shapes(32, 64, 256))
     pool = peer_images(rng.random((a.batch, 32, 32, 3), np.float32), last)
     z, crop = torch.randn(a.batch, 256), stars.draw_augmentation(rng, a.batch)
@@ -1947,23 +2622,25 @@ def peer_bench(a):
     values = (seconds(distill), seconds(synthesise),
               seconds(lambda: peer_forward(teacher, normal), torch.no_grad),
               seconds(lambda: peer_forward(student, normal, True), torch.no_grad),
-              (stars._resident("VmHWM") - before) / 1024)
+              (stars.resident("VmHWM") - before) / 1024)
     return dict(zip(BENCHED, values))
 
 def machine():
+    model = None
     with contextlib.suppress(OSError):
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    environment = [f"{k}={v}" for k, v in sorted(os.environ.items())
-                   if k.startswith(("OPENBLAS_", "OMP_", "MKL_"))]
-    return (f"{model[1] if model else 'CPU'}, {stars.cores()} of {os.cpu_count()} cores, load "
-            f"{os.getloadavg()[0]:.1f}; numpy {np.__version__}, {blas['name']} {blas['version']} "
-            f"({blas.get('openblas configuration', '')}); {' '.join(environment) or 'no'} "
-            f"OPENBLAS_, OMP_ or MKL_ variables; torch {torch.__version__ if torch else 'none'}")
+    variables = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items())
+                          if k.startswith(("OPENBLAS_", "OMP_", "MKL_")))
+    return (f"machine: {model[1] if model else platform.processor()}, {stars.cores()} cores of "
+            f"{os.cpu_count()} to use, load {os.getloadavg()[0]:.1f}\nnumpy {np.__version__}: "
+            f"{blas['name']} {blas['version']}, {blas.get('openblas configuration', '')}\n"
+            f"set: {variables or 'no OPENBLAS_, OMP_ or MKL_ variable'}\n"
+            f"torch {torch.__version__ if torch else 'is not installed'}")
 
 def bench(argv):
     """Rounds of stars.py and the peer in both memory formats, alternately, and their ratios."""
-    cli = argparse.ArgumentParser(prog="test_stars.py bench")
+    cli = argparse.ArgumentParser(prog="test_stars.py bench", allow_abbrev=False)
     for name, value in dict(arch="resnet20", student_arch="", T=4, batch=128, threads=0,
                             rounds=3, format="").items():
         cli.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
@@ -1976,15 +2653,18 @@ def bench(argv):
     print(machine())
     ours = [sys.executable, stars.__file__, "bench", *flags]
     if torch is None:
-        print("PyTorch is not installed (make peer installs it): stars.py alone", flush=True)
-        return subprocess.run(ours, check=True)
+        print("PyTorch is not installed (make peer does it): stars.py alone", flush=True)
+        raise SystemExit(subprocess.run(ours).returncode)
     theirs = {f: [sys.executable, __file__, "bench", *flags, "--format", f]
               for f in ("contiguous", "channels_last")}
     rows = {name: [] for name in ("stars.py", *theirs)}
     for i in range(a.rounds):
         for name, command in {"stars.py": ours + ["--json", "--quiet"], **theirs}.items():
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows[name].append(json.loads(out.splitlines()[-1]))
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if run.returncode:  # it has said why
+                raise SystemExit(run.returncode)
+            row = json.loads(run.stdout.splitlines()[-1])
+            rows[name].append({k: row[k] or math.nan for k in BENCHED})
             print(f"round {i + 1} {name:13}", *(f"{k} {rows[name][-1][k]:.3f}" for k in BENCHED),
                   flush=True)
     medians = {name: {k: float(np.median([row[k] for row in rows[name]])) for k in BENCHED}
