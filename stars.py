@@ -29,12 +29,13 @@ import dataclasses
 import functools
 import os
 import re
+import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-_ours = not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & set(os.environ)
+_ours = not {"numpy", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & {*sys.modules, *os.environ}
 if _ours:  # section 12 works on chunks of images in parallel, so one BLAS thread for each chunk
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # (without effect where numpy was imported before)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 try:
     import numpy as np
 except ImportError:
@@ -375,17 +376,14 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
 
     Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut.
     """
-    if fast(a) and (isinstance(activation, Neuron) or T == 1 and activation in FAST_SLOPES):
+    if fast(a) and fast_can(activation, T, first, shortcut):
         return fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude,
                                     first, shortcut, train, tap, need)
     (y, running, tapped), norm_back = batch_norm(a, gamma, beta, mean, var, train, tap, need)
     y, time_back = repeat_over_time(y, T) if first and T > 1 else identity(y)
-    if shortcut is not None:
-        y = y + shortcut
-    if isinstance(activation, Neuron):
-        z, activation_back = lif(y, T, v_th, amplitude, activation)
-    else:
-        z, activation_back = activation(y)
+    y = y if shortcut is None else y + shortcut
+    z, activation_back = (lif(y, T, v_th, amplitude, activation) if isinstance(activation, Neuron)
+                          else activation(y))
     def back(dz):
         dy = activation_back(dz)
         return (*norm_back(time_back(dy)), dy if shortcut is not None else None)
@@ -801,23 +799,8 @@ def cosine(step, steps, lr, warm_up=0):
 
 # ---- 7  Data -------------------------------------------------------------------------------------
 
-import argparse
-import collections
-import contextlib
-import ctypes
-import gzip
-import hashlib
-import io
-import itertools
-import json
-import math
-import pathlib
-import sys
-import tarfile
-import threading
-import time
-import urllib.request
-import zipfile
+import argparse, collections, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
+import tarfile, threading, time, urllib.request, zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 class UserError(Exception):
@@ -847,9 +830,9 @@ def reading(source, mend):
     """Whatever a damaged file or a server makes a parser raise becomes one sentence about it."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError):
-            raise
         why = " ".join((getattr(error, "strerror", 0) or f"{type(error).__name__} {error}").split())
         raise UserError(f"{source} cannot be read ({why[:90]}): {mend}") from error
 
@@ -882,9 +865,9 @@ def load_dataset(name, split, data_dir, classes=None):
         else:
             x, y = read_npz(source, [f"x_{split}", f"y_{split}"], limit=2**31).values()
             n, size, classes = len(x), 64 if x.shape[1:2] == (64,) else 32, classes or 2**15
-        if x.dtype != np.uint8 or x.shape != (n, size, size, 3) or y.shape != (n,) or n == 0 or (
-                y.dtype.kind not in "iu") or y.min() < 0 or y.max() >= classes:
-            raise ValueError(f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape} of {classes}")
+        require(x.dtype == np.uint8 and x.shape == (n, size, size, 3) and y.shape == (n,) and n > 0
+                and y.dtype.kind in "iu" and y.min() >= 0 and y.max() < classes,
+                f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape} of {classes}")
     return x, y.astype(np.int64)
 
 def _opener(source, folder):
@@ -895,25 +878,23 @@ def _opener(source, folder):
         archive = open_zip(source)
         return lambda name: archive.open(f"{folder}/{name}")
     with gzip.open(source) as file:
-        whole = file.read(2**28)                        # bounded: no header can ask for more
-    archive, files = tarfile.open(fileobj=io.BytesIO(whole), mode="r:"), {}
+        whole = io.BytesIO(file.read(2**28))  # bounded: no header can ask for more
+    archive, files = tarfile.open(fileobj=whole, mode="r:"), {}
     for member in archive:
-        if member.size < 0 or member.name in files:     # < 0 would send tarfile round in circles
-            raise ValueError(f"{member.name} is there twice or has a negative size")
+        require(member.size >= 0 and member.name not in files,  # < 0 would send tarfile in circles
+                f"{member.name} is there twice or has a negative size")
         files[member.name] = member
     return lambda name: archive.extractfile(files[f"{folder}/{name}"])
 
 def _load_cifar(name, split, source):
     """Records of 1 label byte (CIFAR-100: 2, coarse and fine) and 3 planes of 32x32 bytes."""
-    folder, *parts = FOLDERS[name]
-    head, parts, data = 1 + (name == "cifar100"), parts[split == "test"], b""
+    parts, opened = FOLDERS[name][1 + (split == "test")], _opener(source, FOLDERS[name][0])
+    head, data = 1 + (name == "cifar100"), b""
     size = getattr(DATASETS[name], split) // len(parts) * (head + 3072)
-    opened = _opener(source, folder)
     for k, part in enumerate(parts, 1):
         with opened(part) as file:
             data += file.read(size + 1)
-        if len(data) != k * size:
-            raise ValueError(f"{part} does not have {size} bytes")
+        require(len(data) == k * size, f"{part} does not have {size} bytes")
     data = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
     return data[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), data[:, head - 1]
 
@@ -923,11 +904,11 @@ def _load_tiny(name, split, source):
         from PIL import Image
     opened = _opener(source, FOLDERS[name][0])
     with opened("val/val_annotations.txt") as file:
-        files = re.findall(rb"^(val_\d+\.JPEG)\t(n\d{8})\t", file.read(10**6), re.M)
-    files = [(image.decode(), c.decode()) for image, c in files]
-    files, ids = {f"val/images/{k}": c for k, c in files}, sorted({c for _, c in files})
-    if len(ids) != DATASETS[name].classes:
-        raise ValueError(f"val_annotations.txt has {len(ids)} classes")
+        text = file.read(10**6).decode("latin1")
+    files = {f"val/images/{image}": c for image, c in
+             re.findall(r"^(val_[0-9]+\.JPEG)\t(n[0-9]{8})\t", text, re.M)}
+    ids = sorted(set(files.values()))
+    require(len(ids) == DATASETS[name].classes, f"val_annotations.txt has {len(ids)} classes")
     if split == "train":
         each = range(DATASETS[name].train // len(ids))
         files = {f"train/{c}/images/{c}_{k}.JPEG": c for c in ids for k in each}
@@ -935,8 +916,7 @@ def _load_tiny(name, split, source):
     for k, inner in enumerate(files):
         with opened(inner) as file:
             image = Image.open(io.BytesIO(file.read(10**5)), formats=["JPEG"])
-        if image.size != (64, 64):
-            raise ValueError(f"{inner} is not 64x64")
+        require(image.size == (64, 64), f"{inner} is not 64x64")
         x[k] = image.convert("RGB")
     return x, np.array([ids.index(c) for c in files.values()])
 
@@ -973,7 +953,6 @@ def download(url, md5, path, limit, progress=None, timeout=5., patience=30.):
     progress(bytes so far, bytes announced or 0). timeout: seconds to connect; patience: seconds
     without a byte, or below 1 kB/s. UserError: no answer, slow, cut, over limit, other bytes."""
     mend = f"try again later, or put a good copy at {path} yourself"
-
     def fetch(file):
         digest, done, block = hashlib.md5(usedforsecurity=False), 0, b"-"
         until = time.monotonic() + timeout + patience
@@ -996,7 +975,6 @@ def download(url, md5, path, limit, progress=None, timeout=5., patience=30.):
                             f"MD5 {digest.hexdigest()}, which should be {md5}: {mend}")
     write_atomic(path, fetch)
 
-
 # ---- 8  Weights and files ------------------------------------------------------------------------
 
 ARCHITECTURES = {  # name: (blocks per stage, width of the first) or (convolutions per stage, width)
@@ -1011,20 +989,17 @@ def weight_shapes(arch, classes, width=None, projection=None):
     stages, default = ARCHITECTURES[arch]
     width, projection = width or default, len(stages) == 4 if projection is None else projection
     shapes, c = {}, 3
-
     def add(conv, norm, k, c, size=3):
         shapes[conv + ".weight"] = (k, c, size, size)
         for part in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{norm}.{part}"] = (k,)
         return k
-
     if arch.startswith("vgg"):
         n, last = 0, "classifier"
         for stage, convs in enumerate(stages):
-            for _ in range(convs):
+            for n in range(n, n + 3 * convs, 3):
                 c = add(f"features.{n}", f"features.{n + 1}", width * min(2 ** stage, 8), c)
-                n += 3
-            n += 1  # the pool
+            n += 4  # after convolution, norm, activation and pool
     else:
         c, last = add("conv1", "bn1", width, c), "linear"
         for stage, blocks in enumerate(stages):
@@ -1038,9 +1013,7 @@ def weight_shapes(arch, classes, width=None, projection=None):
 
 def generator_shapes(size=32, width=128, z_dim=256, classes=0):
     """{name: shape} of the generator of size x size images; classes > 0: class-conditional.
-
-    The layout that CMI, Fast-Datafree and NAYER use, with width 128.
-    """
+    The layout that CMI, Fast-Datafree and NAYER use, with width 128."""
     require(size % 4 == 0, f"size must be a multiple of 4, not {size}")
     rows, half = width * (size // 4) ** 2, width // 2
     norms = {f"bn{i}.{part}": (k,) for i, k in enumerate((width, width, half))
@@ -1050,11 +1023,9 @@ def generator_shapes(size=32, width=128, z_dim=256, classes=0):
             "conv3.weight": (3, half, 3, 3), "conv3.bias": (3,)}
 
 def init_weights(shapes, rng, dtype=np.float32):
-    """Initial weights, drawn on the host in the order of shapes {name: shape}.
-
-    Convolutions of a teacher or student: He normal; linear layers and the generator: uniform within
-    1/sqrt(fan in), as PyTorch; batch norms: 1 and 0.
-    """
+    """Initial weights, drawn on the host in the order of shapes {name: shape}. Convolutions of a
+    teacher or student: He normal; linear layers and the generator: uniform within 1/sqrt(fan in),
+    as PyTorch; batch norms: 1 and 0."""
     def draw(name, shape):
         fan_in = np.prod(shapes.get(name.replace("bias", "weight"), shape)[1:])
         if len(shape) == 1 and fan_in == 1:  # a vector of a batch norm
@@ -1079,7 +1050,7 @@ def write_atomic(path, content):
         raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another "
                         "folder") from error
     finally:
-        with contextlib.suppress(OSError):              # it is there only if something failed
+        with contextlib.suppress(OSError):  # it is there only if something failed
             os.unlink(temporary)
 
 def to_json(value):
@@ -1092,19 +1063,19 @@ def check_shipped(path):
     with reading(path, "take it and SHA256SUMS from the repository again"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         lines = path.with_name("SHA256SUMS").read_text().splitlines()
-        if dict(line.split()[::-1] for line in lines).get(path.name) != digest:
-            raise ValueError("its SHA-256 is not the one in SHA256SUMS")
+        require(dict(line.split()[::-1] for line in lines).get(path.name) == digest,
+                "its SHA-256 is not the one in SHA256SUMS")
     return digest
 
 def rounded(params):
     """params as files hold them, on the host: float16 from two axes on, float32 below."""
     stored = {}
     for name, array in params.items():
-        array = np.array(array.get() if hasattr(array, "get") else array, np.float32, order="C")
+        array = np.array(to_host(array), np.float32, order="C")
         if not np.isfinite(array).all():
             raise UserError(f"{name} is not finite and was not saved: lower the learning rate")
         half = array.ndim > 1 and abs(array).max(initial=0) < 65504
-        stored[name] = array.astype(np.float16) if half else array
+        stored[name] = array.astype(np.float16 if half else np.float32)
     return stored
 
 def save_weights(path, params, info):
@@ -1117,8 +1088,8 @@ def open_zip(path):
     """A zip without double names, nor bzip2 or lzma, which Python expands without bound."""
     archive = zipfile.ZipFile(path)
     packed = {entry.filename: entry.compress_type for entry in archive.infolist()}
-    if len(packed) < len(archive.infolist()) or set(packed.values()) - {0, zipfile.ZIP_DEFLATED}:
-        raise ValueError("it has an entry twice, or one neither stored nor deflated")
+    require(len(packed) == len(archive.infolist()) and set(packed.values()) <= {0, 8},
+            "it has an entry twice, or one neither stored nor deflated")
     return archive
 
 def read_npz(path, names=None, limit=2**30):
@@ -1129,16 +1100,16 @@ def read_npz(path, names=None, limit=2**30):
     with reading(path, mend), open_zip(path) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         entries = {name: entries[name] for name in names or entries}
-        if sum(entry.file_size for entry in entries.values()) > limit:
-            raise ValueError(f"it expands to more than {limit >> 20} MiB")
+        require(sum(entry.file_size for entry in entries.values()) <= limit,
+                f"it expands to more than {limit >> 20} MiB")
         for name, entry in entries.items():
             with archive.open(entry) as file:
-                version = formats.read_magic(file)      # 2 and 3 are for structured arrays
+                version = formats.read_magic(file)  # 2 and 3 are for structured arrays
                 shape, fortran, dtype = formats.read_array_header_1_0(file)
                 size = math.prod(shape) * dtype.itemsize
-                if (version != (1, 0) or dtype.kind not in ("U" if name == "info" else "fiub") or
-                        min(shape, default=0) < 0 or size != entry.file_size - file.tell()):
-                    raise ValueError(f"{name} is {dtype} {shape} in {entry.file_size} bytes")
+                require(version == (1, 0) and dtype.kind in ("U" if name == "info" else "fiub")
+                        and min(shape, default=0) >= 0 and size == entry.file_size - file.tell(),
+                        f"{name} is {dtype} {shape} in {entry.file_size} bytes")
                 array = np.frombuffer(file.read(), dtype)
                 arrays[name] = array.reshape(shape, order="F" if fortran else "C")
     return arrays
@@ -1200,7 +1171,6 @@ def check_weights(params, expected, path="the file"):
         wrong[8:] = [f"{len(wrong) - 8} more"] if len(wrong) > 8 else []
         raise UserError(f"{path} does not fit ({'; '.join(wrong)}): check --arch and the data set")
     return {name: params[name] for name in expected}
-
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
 
@@ -1531,9 +1501,10 @@ def draw(folder, pool):
     with contextlib.suppress(ImportError):
         import matplotlib.image
         from matplotlib.figure import Figure
-        images = pool[-4:].reshape(-1, *pool.shape[2:])[:128].reshape(8, 16, *pool.shape[2:])
-        grid = images.transpose(0, 2, 1, 3, 4).reshape(8 * pool.shape[2], -1, 3)
-        grid = grid.repeat(2, 0).repeat(2, 1)
+        size, images = pool.shape[2], pool.reshape(-1, *pool.shape[2:])[-128:]
+        columns = min(16, len(images))
+        grid = images[len(images) % columns:].reshape(-1, columns, size, size, 3)
+        grid = grid.transpose(0, 2, 1, 3, 4).reshape(-1, columns * size, 3).repeat(2, 0).repeat(2, 1)
         write_atomic(os.path.join(folder, "synthetic.png"),
                      lambda file: matplotlib.image.imsave(file, grid, format="png"))
         rows = read_metrics(folder)
@@ -1593,41 +1564,27 @@ def resident(key):
 
 # ---- 11  Command line ----------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def sentences():
-    """A ValueError of sections 1 to 6 that a user causes becomes an expected failure."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-def numbers_of(text, name):
-    with reading(f"--{name} {text}", "give three numbers, as .49,.48,.45"):
-        a, b, c = map(float, text.split(","))
-        return a, b, c
-
 def load_net(c, path):
     """A saved network as (Net, info), its normalisation from the file, a flag or the data set."""
     params, info = load_weights(path, c.arch or None)
     known = DATASETS.get(c.dataset)
     if info.get("dataset", c.dataset) != c.dataset or known and info["classes"] != known.classes:
-        raise UserError(f"{path} knows {info['classes']} classes of {info.get('dataset', 'its data')}"
+        raise UserError(f"{path} knows {info['classes']} classes of {info.get('dataset', 'its own')}"
                         f", not {c.dataset}: name the data set it was trained on with --dataset")
     width = len(params.get("conv1.weight", params.get("features.0.weight", [0])))
     extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
-    with sentences():
+    constants = []
+    with reading(path, "check --arch, and --mean and --std as .49,.48,.45"):
         expected = weight_shapes(info["arch"], info["classes"], width,
                                  any("shortcut" in k for k in params))
         params = {k: xp.asarray(v) if v.ndim else float(v)
                   for k, v in check_weights(params, expected | extra, path).items()}
         activation = Neuron(**info["neuron"]) if "neuron" in info else relu
-    for part in ("mean", "std"):
-        if getattr(c, part):
-            info[part] = numbers_of(getattr(c, part), part)
-        elif part not in info and not known:
-            raise UserError(f"{path} carries no normalisation: give --mean and --std")
-    mean, std = (tuple(info.get(part) or getattr(known, part)) for part in ("mean", "std"))
-    return Net(params, activation, info.get("T", 1), mean, std), info
+        for part in ("mean", "std"):
+            flag = [float(v) for v in getattr(c, part).split(",") if v]
+            r, g, b = flag or info.get(part) or getattr(known, part, ())
+            constants.append((float(r), float(g), float(b)))
+    return Net(params, activation, int(info.get("T", 1)), *constants), info
 
 def shipped(c):
     """Path of the teacher for c.dataset and c.arch in data/ beside this file."""
@@ -1647,7 +1604,9 @@ def test_set(c):
         url, md5, name, limit = DOWNLOADS[c.dataset]
         tell(c, f"downloading {url}")
         try:
-            download(url, md5, os.path.join(c.data_dir, name), limit, None if c.quiet else report)
+            download(url, md5, os.path.join(c.data_dir, name), limit, lambda done, total: None
+                     if c.quiet else print(f"\r{done >> 20} of {total >> 20} MiB ", end="\n" * (
+                         done == total), file=sys.stderr))
             missing = False
         except UserError as error:
             tell(c, str(error))
@@ -1656,10 +1615,6 @@ def test_set(c):
         return tell(c, f"{c.dataset} is not in {c.data_dir}, so no accuracy can be measured: put "
                        f"{name} there, from {url}, or add --download")
     return load_dataset(c.dataset, "test", c.data_dir)
-
-def report(done, total):
-    """The progress of a download, on one line of stderr."""
-    print(f"\r{done >> 20} of {total >> 20} MiB", end="\n" * (done == total), file=sys.stderr)
 
 def new_folder(c, base):
     """The folder of a run: --out, which must not hold one, or base, or base-2, -3 ... if taken."""
@@ -1839,24 +1794,23 @@ CHUNK_BYTES = 1 << 20        # of one operand of a chunk; smaller ones wait for 
 _pool, _local = ThreadPoolExecutor(64), threading.local()
 
 def cores():
-    """Worker threads to use: cores this process may use, over the threads of each BLAS call."""
+    """Worker threads to use: the cores this process may use, over the threads of a BLAS call;
+    1 where numpy came first and BLAS has threads of its own."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
         quota, period = file.read().split()
         n = min(n, max(1, int(quota) // int(period)))
-    blas = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "1"
-    return max(1, n // max(1, int(blas) if blas.isdigit() else 1))
+    blas = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return max(1, n // max(1, int(blas) if blas.isdigit() else 1 if _ours else n))
 
 THREADS = cores()
 
 def parallel(function, n, chunk):
     """[function(i, j) for consecutive ranges of `chunk` in n], on THREADS threads, in order."""
-    results, counter = [None] * -(-n // chunk), itertools.count()
-
+    results = [None] * -(-n // chunk)
+    todo = iter(range(len(results)))  # next() of it is atomic
     def work():
-        for k in iter(lambda: next(counter), None):
-            if k >= len(results):
-                return
+        for k in todo:
             results[k] = function(k * chunk, min(n, (k + 1) * chunk))
     futures = [_pool.submit(work) for _ in range(min(THREADS, len(results)) - 1)]
     work()
@@ -1866,12 +1820,10 @@ def parallel(function, n, chunk):
 
 def keep_pages():
     """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):   # no mmap, no trim, grow by 64 MiB
-        mallopt(option, value)
+        for option, value in (-4, 0), (-1, -1), (-2, 1 << 26):  # no mmap, no trim, grow by 64 MiB
+            mallopt(option, value)
 
 def scratch(name, shape, dtype):
     """A buffer of this thread, its content undefined."""
@@ -1881,166 +1833,150 @@ def scratch(name, shape, dtype):
         buffers[key] = np.empty(size, dtype)
     return buffers[key][:size].reshape(shape)
 
-def images_a_chunk(x, chunk, steps=1):
+def images_a_chunk(x, chunk):
     """At least four chunks if there are as many images, whatever the number of threads."""
-    return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // (x[0].nbytes * steps)))
+    return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes))
 
-# -- convolution
+# -- convolution: each of the two ways returns what it does with a chunk of images:
+#    forward(x, y), backward(x, dy, dx or None) -> a part of dw, and gather(sum of parts) -> dw
+
+def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
+    """conv2d of section 2: Winograd for 3x3, stride 1 and even H, else im2col a chunk."""
+    three = w.shape[2:] == (3, 3) and stride == 1 and x.shape[1] % 2 == 0
+    forward, backward, gather = (_winograd if three else _im2col)(w, stride, need)
+    y = np.empty((len(x), *(-(-n // stride) for n in x.shape[1:3]), len(w)), w.dtype)
+    chunk = images_a_chunk(x if x.size > y.size else y, chunk)
+    parallel(lambda i, j: forward(x[i:j], y[i:j]), len(x), chunk)
+    def back(dy):
+        dx = np.empty(x.shape, dy.dtype) if "x" in need else None
+        parts = parallel(lambda i, j: backward(x[i:j], dy[i:j], None if dx is None else dx[i:j]),
+                         len(x), chunk)
+        return dx, np.ascontiguousarray(gather(sum(parts))) if "p" in need else None
+    return y, back
+
+def _im2col(w, stride, need):
+    (K, C, R, S), P, Q = w.shape, w.shape[2] // 2, w.shape[3] // 2
+    flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
+    def zeros(n, H, W, _):  # images with their padding, and without
+        padded = scratch("padded", (n, H + 2 * P, W + 2 * Q, C), w.dtype)
+        padded[...] = 0
+        return padded, padded[:, P:P + H, Q:Q + W]
+    def windows(padded):  # view (n, h, v, R, S, C)
+        view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
+        return view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
+    def columns(x):
+        padded, inner = zeros(*x.shape)
+        inner[...] = x
+        result = scratch("columns", windows(padded).shape, w.dtype)
+        result[...] = windows(padded)
+        return result.reshape(-1, R * S * C)
+    def forward(x, y):
+        np.matmul(columns(x), flat, out=y.reshape(-1, K))
+    def backward(x, dy, dx):
+        d = dy.reshape(-1, K)
+        dw = columns(x).T @ d if "p" in need else None
+        if dx is not None:
+            dpadded, inner = zeros(*dx.shape)
+            view = windows(dpadded)
+            dcolumns = np.matmul(d, flat.T, out=scratch("columns", (len(d), len(flat)), w.dtype))
+            for r, s in np.ndindex(R, S):
+                view[:, :, :, r, s] += dcolumns.reshape(view.shape)[:, :, :, r, s]
+            dx[...] = inner
+        return dw
+    return forward, backward, lambda dw: dw.reshape(R, S, C, K).transpose(3, 2, 0, 1)
+
 # 3x3, stride 1: Winograd's F(2, 3) down the rows (4 products for 2 rows of output, not 6). Rows lie
 # flat with one zero pixel between them, so three neighbouring pixels are 3C numbers in a line, and
 # every third such line starts where the last one ends: the matrices of pixels 0, 3, 6 ..,
 # 1, 4, 7 .. and 2, 5, 8 .. are views, and nothing is expanded.
 
-def _lines(buffer, first, pixels):
-    """View (4, 3, m, pixels * C): line (p, i) starts at pixel first + p + 3 i."""
-    m, C, size = (buffer.shape[1] - 2) // 3, buffer.shape[2], buffer.itemsize
-    strides = buffer.strides[0], C * size, 3 * C * size, size
-    return np.lib.stride_tricks.as_strided(buffer[:, first:], (4, 3, m, pixels * C), strides)
-
-def _planes(name, x, dtype):
-    """buffer (4, 3m + 2, C) with zero margins, and its four planes of n H/2 (W + 1) pixels."""
-    n, H, W, C = x.shape
+def _planes(name, n, H, W, C, dtype):
+    """buffer (4, 3m + 2, C) with zero margins, and in it planes (4, n, H/2, W + 1, C)."""
     used = n * H // 2 * (W + 1)
     buffer = scratch(name, (4, -(-used // 3) * 3 + 2, C), dtype)
     buffer[:, 0], buffer[:, used + 1:] = 0, 0
-    return buffer, buffer[:, 1:used + 1]
+    return buffer, buffer[:, 1:used + 1].reshape(4, n, H // 2, W + 1, C)
 
-def _split(x, even, odd):
-    for flat, rows in ((even, x[:, 0::2]), (odd, x[:, 1::2])):
-        pixels = flat.reshape(len(x), -1, x.shape[2] + 1, x.shape[3])
-        pixels[:, :, :-1], pixels[:, :, -1] = rows, 0
-
-def _pairs(x, dtype):
-    """e, e + o, e - o, o of even and odd rows (A y, but for a sign), as lines of one pixel."""
-    buffer, (e, total, difference, o) = _planes("pairs", x, dtype)
-    _split(x, e, o)
-    np.add(e, o, out=total)
-    np.subtract(e, o, out=difference)
-    return _lines(buffer, 1, 1)
+def _lines(buffer, pixels):
+    """View (4, 3, m, pixels * C): line (p, i) has pixel p + 3 i and as many on both sides."""
+    m, C, size = (buffer.shape[1] - 2) // 3, buffer.shape[2], buffer.itemsize
+    strides = buffer.strides[0], C * size, 3 * C * size, size
+    first = 1 - pixels // 2
+    return np.lib.stride_tricks.as_strided(buffer[:, first:], (4, 3, m, pixels * C), strides)
 
 def _taps(x, dtype):
-    """(o above) - o, e + o, o - e, e - (e below) of even, odd rows (B'x), as lines of three."""
-    buffer, d = _planes("taps", x, dtype)
-    e, o = scratch("split", (2, *d.shape[1:]), dtype)
-    _split(x, e, o)
-    line, shape = x.shape[2] + 1, (len(x), -1, x.shape[2] + 1, x.shape[3])
-    np.subtract(o[:-line], o[line:], out=d[0, line:])
-    np.negative(o.reshape(shape)[:, 0], out=d[0].reshape(shape)[:, 0])
-    np.add(e, o, out=d[1])
-    np.subtract(o, e, out=d[2])
-    np.subtract(e[:-line], e[line:], out=d[3, :-line])
-    d[3].reshape(shape)[:, -1] = e.reshape(shape)[:, -1]
-    return _lines(buffer, 0, 3)
+    """B'x as lines of three pixels: x0 - x2, x1 + x2, x2 - x1, x1 - x3 of rows 2i - 1 .. 2i + 2."""
+    n, H, W, C = x.shape
+    buffer, planes = _planes("taps", n, H, W, C, dtype)
+    odd, even = scratch("split", (2, n, H // 2 + 1, W + 1, C), dtype)
+    odd[:, 0], even[:, -1], odd[:, :, -1], even[:, :, -1] = 0, 0, 0, 0
+    odd[:, 1:, :-1], even[:, :-1, :-1] = x[:, 1::2], x[:, 0::2]
+    x0, x1, x2, x3 = odd[:, :-1], even[:, :-1], odd[:, 1:], even[:, 1:]
+    np.subtract(x0, x2, out=planes[0])
+    np.add(x1, x2, out=planes[1])
+    np.subtract(x2, x1, out=planes[2])
+    np.subtract(x1, x3, out=planes[3])
+    return _lines(buffer, 3)
 
 def _kernel(w):
     """w (K, C, 3, 3) -> (4, 1, 3C, K)."""
     g0, g1, g2 = w.transpose(2, 3, 1, 0).reshape(3, -1, w.shape[0])
     return np.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2])[:, None]
 
-def _rows(taps, kernel, y):
-    """The four products, combined to even and odd rows of y (A')."""
-    n, H, W, K = y.shape
-    buffer = scratch("rows", (4, taps.shape[2] * 3 + 2, K), y.dtype)
-    np.matmul(taps, kernel, out=_lines(buffer, 0, 1))
-    m0, m1, m2, m3 = buffer[:, :n * H // 2 * (W + 1)]
-    total = np.add(m1, m2, out=scratch("total", m1.shape, y.dtype))
-    np.subtract(m1, m2, out=m1)
-    for rows, a, b, sign in ((0, total, m0, np.add), (1, m1, m3, np.subtract)):
-        a, b = (v.reshape(n, H // 2, W + 1, K)[:, :, :W] for v in (a, b))
-        sign(a, b, out=y[:, rows::2])
+def _products(taps, kernel, y):
+    """The four products m, combined to even rows m0 + m1 + m2 and odd m1 - m2 - m3 of y (A')."""
+    buffer, (m0, m1, m2, m3) = _planes("products", *y.shape, y.dtype)
+    np.matmul(taps, kernel, out=_lines(buffer, 1))
+    m0 += m1
+    m1 -= m2
+    np.add(m0[:, :, :-1], m2[:, :, :-1], out=y[:, 0::2])
+    np.subtract(m1[:, :, :-1], m3[:, :, :-1], out=y[:, 1::2])
 
-def _conv3x3(x, w, need, chunk):
-    kernel, y = _kernel(w), np.empty(x.shape[:3] + w.shape[:1], w.dtype)
-    chunk = images_a_chunk(x if x.size > y.size else y, chunk)
-    parallel(lambda i, j: _rows(_taps(x[i:j], w.dtype), kernel, y[i:j]), len(x), chunk)
+def _pairs(dy, dtype):
+    """A dy, but for a sign, as lines of one pixel: e, e + o, e - o, o of even and odd rows."""
+    buffer, (e, total, difference, o) = _planes("pairs", *dy.shape, dtype)
+    e[:, :, -1], o[:, :, -1] = 0, 0
+    e[:, :, :-1], o[:, :, :-1] = dy[:, 0::2], dy[:, 1::2]
+    np.add(e, o, out=total)
+    np.subtract(e, o, out=difference)
+    return _lines(buffer, 1)
 
-    def back(dy):
-        dx = np.empty(x.shape, dy.dtype) if "x" in need else None
-        turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1))
-
-        def part(i, j):
-            taps = _taps(dy[i:j], w.dtype)
-            if dx is not None:
-                _rows(taps, turned, dx[i:j])
-            if "p" in need:
-                return np.matmul(taps.swapaxes(2, 3), _pairs(x[i:j], w.dtype)).sum(1)
-        parts = parallel(part, len(x), chunk)
-        if "p" not in need:
-            return dx, None
-        a, b, c, d = sum(parts)
+def _winograd(w, stride, need):
+    kernel = _kernel(w)
+    turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1)) if "x" in need else None
+    def forward(x, y):
+        _products(_taps(x, w.dtype), kernel, y)
+    def backward(x, dy, dx):
+        taps = _taps(dy, w.dtype)
+        if dx is not None:
+            _products(taps, turned, dx)
+        if "p" in need:  # x in place of dy, and dy of x: it gives dw turned around
+            return np.matmul(taps.swapaxes(2, 3), _pairs(x, w.dtype)).sum(1)
+    def gather(dw):
+        a, b, c, d = dw
         dw = np.stack([a + (b + c) / 2, (b - c) / 2, (b + c) / 2 - d])
-        dw = dw.reshape(3, 3, w.shape[0], w.shape[1])[::-1, ::-1]
-        return dx, np.ascontiguousarray(dw.transpose(2, 3, 0, 1))
-    return y, back
+        return dw.reshape(3, 3, *w.shape[:2])[::-1, ::-1].transpose(2, 3, 0, 1)
+    return forward, backward, gather
 
-def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
-    """conv2d of section 2: Winograd for 3x3 at stride 1, else im2col a chunk."""
-    K, C, R, S = w.shape
-    if R == S == 3 and stride == 1 and x.shape[1] % 2 == 0:
-        return _conv3x3(x, w, need, chunk)
-    N, H, W, _ = x.shape
-    p, q, h, v = R // 2, S // 2, (H - 1) // stride + 1, (W - 1) // stride + 1
-    flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
-    y = np.empty((N, h, v, K), w.dtype)
-    chunk = images_a_chunk(x, chunk, -(-R * S // stride ** 2 // 2))
+# -- batch norm + activation: arrays as (N, D) of whole images, so that inner loops are long
 
-    def columns(i, j):
-        padded = scratch("padded", (j - i, H + 2 * p, W + 2 * q, C), w.dtype)
-        padded[...] = 0
-        padded[:, p:p + H, q:q + W] = x[i:j]
-        a, b, c, d = padded.strides
-        windows = np.lib.stride_tricks.as_strided(padded, (j - i, h, v, R, S, C), (a, b * stride, c * stride, b, c, d))
-        result = scratch("columns", windows.shape, w.dtype)
-        result[...] = windows
-        return result.reshape(-1, R * S * C)
-
-    def forward(i, j):
-        np.matmul(columns(i, j), flat, out=y[i:j].reshape(-1, K))
-    parallel(forward, N, chunk)
-
-    def back(dy):
-        dx = np.empty(x.shape, dy.dtype) if "x" in need else None
-
-        def part(i, j):
-            d = dy[i:j].reshape(-1, K)
-            dw = columns(i, j).T @ d if "p" in need else None
-            if dx is not None:
-                dcols = scratch("columns", (j - i, h, v, R, S, C), dy.dtype)
-                np.matmul(d, flat.T, out=dcols.reshape(-1, R * S * C))
-                padded = scratch("padded", (j - i, H + 2 * p, W + 2 * q, C), dy.dtype)
-                padded[...] = 0
-                for r, s in itertools.product(range(R), range(S)):
-                    rows, cols = slice(r, r + h * stride, stride), slice(s, s + v * stride, stride)
-                    padded[:, rows, cols][:, :h, :v] += dcols[:, :, :, r, s]
-                dx[i:j] = padded[:, p:p + H, q:q + W]
-            return dw
-        parts = parallel(part, N, chunk)
-        if "p" not in need:
-            return dx, None
-        return dx, np.ascontiguousarray(sum(parts).reshape(R, S, C, K).transpose(3, 2, 0, 1))
-    return y, back
-
-# -- batch norm + activation
+def _row(value, D, dtype):
+    """A number for each channel -> one for each of the D numbers of an image."""
+    return np.tile(value.astype(dtype), D // len(value))
 
 def _sum(v, C):
     """Sum of v over all but its C channels, in float64; v contiguous."""
     rows = v.reshape(-1, C * math.gcd(v.size // C, 64))
     return (np.ones(len(rows), v.dtype) @ rows).reshape(-1, C).sum(0, dtype=np.float64)
 
-def _wide(y):
-    """(N, .., C) -> (N, D), so that inner loops are long."""
-    return y.reshape(len(y), -1)
-
 def moments(y, chunk=None):
     """Mean and biased variance a channel: mean and M2 of chunks, merged exactly."""
-    C, v = y.shape[-1], _wide(y)
-
+    C, v = y.shape[-1], y.reshape(len(y), -1)
     def part(i, j):
-        x, d = v[i:j], scratch("a", v[i:j].shape, y.dtype)
-        count = x.size // C
-        mean = (_sum(x, C) / count).astype(y.dtype)
-        np.subtract(x, np.tile(mean, x.shape[-1] // C), out=d)
-        shift = _sum(d, C)                               # what rounding the mean left
+        d, count = scratch("a", v[i:j].shape, y.dtype), v[i:j].size // C
+        mean = (_sum(v[i:j], C) / count).astype(y.dtype)
+        np.subtract(v[i:j], _row(mean, v.shape[1], y.dtype), out=d)
+        shift = _sum(d, C)  # what rounding the mean left
         np.multiply(d, d, out=d)
         return count, mean + shift / count, _sum(d, C) - shift ** 2 / count
     n, m, m2 = map(np.array, zip(*parallel(part, len(y), images_a_chunk(y, chunk))))
@@ -2048,174 +1984,144 @@ def moments(y, chunk=None):
     mean = (n * m).sum(0) / n.sum()
     return mean, (m2 + n * (m - mean) ** 2).sum(0) / n.sum()
 
-def _surrogate(u, v_th, kind, gain, out):
-    """gain * g'((u - V) / V), Eq. (2)."""
-    factor = dict(sigmoid=2, atan=np.pi, triangle=1)[kind]
-    np.multiply(u, factor / v_th, out=out)
-    out -= factor
-    if kind == "triangle":
-        np.abs(out, out=out)
-        np.minimum(out, np.ones_like(out[:1]), out=out)
-    else:
-        np.multiply(out, out, out=np.tanh(out, out=out) if kind == "sigmoid" else out)
-    if kind == "atan":
-        out += 1
-        return np.divide(gain, out, out=out)
-    out *= -gain
-    out += gain
-    return out
-
 FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
+
+def fast_can(activation, T, first, shortcut):
+    """Whether fast_norm_activation covers the case."""
+    if isinstance(activation, Neuron):
+        return not (first and shortcut is not None)
+    return activation in FAST_SLOPES and T == 1
 
 def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1., amplitude=1.,
                          first=False, shortcut=None, train=False, tap=None, need="xp", chunk=None,
                          momentum=.1, eps=1e-5):
     """norm_activation of section 4 without a pass over memory for each of its operators.
-
-    Keeps a and z; membranes are computed again.
-    """
-    expect("gamma", gamma, a.shape[-1])
-    require(float(v_th) > 0, f"v_th must be positive, not {v_th}")
-    require(first or len(a) % T == 0, f"T must divide the {len(a)} rows, is {T}")
-    require(len(a.reshape(-1, a.shape[-1])) > 1 or not train,
-            "x must have more than one value a channel in train mode")
-    tapped, tap_back = tap(a) if tap else (None, None)
+    Keeps a and z; membranes are computed again."""
     dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
+    lif_layer, v_th, sums_wanted = isinstance(activation, Neuron), float(v_th), train or "p" in need
+    expect("gamma", gamma, C)
+    expect("beta", beta, C)
+    require(v_th > 0, f"v_th must be positive, not {v_th}")
+    require(T >= 1 and (first or len(a) % T == 0), f"T must divide the {len(a)} rows, is {T}")
+    require(count > 1 or not train, "x must have more than one value a channel in train mode")
+    tapped, tap_back = tap(a) if tap else (None, None)
     if train:
         mean, var = moments(a, chunk)
         running = tuple(((1 - momentum) * old + momentum * new).astype(dtype)
                         for old, new in zip(running, (mean, var * (count / max(1, count - 1)))))
     inv = 1 / np.sqrt(np.float64(var) + eps)
-    neuron = activation if isinstance(activation, Neuron) else None
-    slope, flat = FAST_SLOPES.get(activation), a.reshape(len(a), -1)
-    v = flat.reshape(1 if first or not neuron else T, -1, flat.shape[1])   # (T or 1, N, D)
-    steps = T if neuron else 1
-    z = np.empty((steps, *v.shape[1:]), dtype)
+    flat = a.reshape(len(a), -1)
+    v = flat.reshape(1 if first or not lif_layer else T, -1, flat.shape[1])  # (T or 1, N, D)
+    z = np.empty((T if lif_layer else 1, *v.shape[1:]), dtype)
     sc = None if shortcut is None else shortcut.reshape(z.shape)
-
-    def row(value):                                        # of channels -> of an image
-        return np.tile(value.astype(dtype), v.shape[2] // C)
+    row = functools.partial(_row, D=v.shape[2], dtype=dtype)
     scale, shift = row(gamma * inv), row(beta - gamma * inv * mean)
     chunk_n, chunk = images_a_chunk(flat, chunk), images_a_chunk(v[0], chunk)
 
-    def drive(i, j, t, out):
+    def drive(i, j, t, out):  # batch norm and shortcut
         np.multiply(v[t if len(v) > 1 else 0, i:j], scale, out=out)
         out += shift
         if sc is not None:
             out += sc[t, i:j]
-        return out
-
-    def membrane(i, j, t, before, u):
-        """u_t of neurons i:j into u; before: u_{t-1}, may be u itself."""
-        current = scratch("current", u.shape, dtype)
-        if t == 0 or len(v) > 1 or sc is not None:
-            drive(i, j, t, current)
-        if t == 0:
-            return np.add(current, neuron.lam * neuron.v_init * v_th, out=u)
-        if neuron.reset == "hard":
-            np.multiply(before, np.less(before, v_th, out=scratch("s", u.shape, bool)), out=u)
-        else:
-            spike = np.greater_equal(before, v_th, out=scratch("s", u.shape, bool))
-            fall = np.multiply(spike, dtype.type(v_th), out=scratch("r", u.shape, dtype))
-            np.subtract(before, fall, out=u)
-        u *= neuron.lam
-        u += current
-
-    def forward(i, j):
-        if not neuron:
-            u, low = drive(i, j, 0, z[0, i:j]), scratch("u", z[0, i:j].shape, dtype)
-            return np.maximum(u, np.multiply(u, slope, out=low), out=u)
-        u = scratch("u", z[0, i:j].shape, dtype)
-        for t in range(T):
-            membrane(i, j, t, u, u)
-            spike = np.greater_equal(u, v_th, out=scratch("s", u.shape, bool))
-            np.multiply(spike, dtype.type(amplitude), out=z[t, i:j])
-    v_th, amplitude = float(v_th), float(amplitude)
+    if lif_layer:
+        lam, hard, detach = activation.lam, activation.reset == "hard", activation.detach_reset
+        surrogate, one_image = SURROGATES[activation.surrogate][1], len(v) < T
+        def membranes(i, j, u, z=None):
+            """The membranes of neurons i:j at steps t in u[t % len(u)], and z."""
+            current = scratch("current", u.shape[1:], dtype)
+            for t in range(T):
+                before, now = u[(t - 1) % len(u)], u[t % len(u)]
+                if t == 0 or not one_image or sc is not None:
+                    drive(i, j, t, current)
+                if t == 0:
+                    np.add(current, lam * activation.v_init * v_th, out=now)
+                else:
+                    if hard:
+                        np.multiply(before, before < v_th, out=now)
+                    else:
+                        np.subtract(before, (before >= v_th) * dtype.type(v_th), out=now)
+                    now *= lam
+                    now += current
+                if z is not None:
+                    np.multiply(now >= v_th, dtype.type(amplitude), out=z[t, i:j])
+        def forward(i, j):
+            membranes(i, j, scratch("u", (1, *z[0, i:j].shape), dtype), z)
+        def activation_back(i, j, dz, dv):  # as back of lif
+            u, kept = scratch("u", (T, *z[0, i:j].shape), dtype), None
+            membranes(i, j, u)
+            each = scratch("du", u.shape, dtype) if one_image else dv[:, i:j]
+            for t in reversed(range(T)):
+                du = np.multiply(dz[t, i:j], amplitude / v_th, out=each[t])
+                if kept is not None and not detach:
+                    du -= kept * (u[t] / v_th) if hard else kept
+                x = np.multiply(u[t], 1 / v_th, out=scratch("a", du.shape, dtype))
+                x -= 1
+                du *= surrogate(x)
+                if kept is not None:
+                    if hard:
+                        kept *= u[t] < v_th
+                    du += kept
+                kept = np.multiply(du, lam, out=scratch("kept", du.shape, dtype))
+            if one_image:
+                each.sum(0, out=dv[0, i:j])
+    else:
+        slope = dtype.type(FAST_SLOPES[activation])
+        def forward(i, j):
+            y = z[0, i:j]
+            drive(i, j, 0, y)
+            np.maximum(y, np.multiply(y, slope, out=scratch("a", y.shape, dtype)), out=y)
+        def activation_back(i, j, dz, dv):
+            np.maximum(z[0, i:j] > 0, slope, out=dv[0, i:j])
+            dv[0, i:j] *= dz[0, i:j]
     parallel(forward, v.shape[1], chunk)
 
     def back(dz):
-        dz, da = dz.reshape(z.shape), np.empty(v.shape, dtype)
-
-        def act_back(i, j):
-            d = da[0, i:j]
-            positive = np.greater(z[0, i:j], 0, out=scratch("s", d.shape, bool))
-            np.multiply(positive, dtype.type(1 - slope), out=d)
-            if slope:
-                d += slope
-            d *= dz[0, i:j]
-
-        def lif_back(i, j):
-            u = scratch("u", (T, *z[0, i:j].shape), dtype)
-            for t in range(T):
-                membrane(i, j, t, u[t - 1], u[t])
-            g, after, r, du = (scratch(k, u[0].shape, dtype) for k in ("g", "after", "r", "du"))
-            for t in reversed(range(T)):
-                _surrogate(u[t], v_th, neuron.surrogate, 1 / v_th, g)
-                if t < T - 1:                              # lam du_{t+1} d reset / d u_t
-                    np.multiply(du, neuron.lam, out=after)
-                    if not neuron.detach_reset:
-                        np.multiply(g, u[t] if neuron.reset == "hard" else v_th, out=r)
-                        r *= after
-                    if neuron.reset == "hard":
-                        after *= np.less(u[t], v_th, out=scratch("s", g.shape, bool))
-                    if not neuron.detach_reset:
-                        after -= r
-                du = da[t, i:j] if len(v) == T else du
-                np.multiply(dz[t, i:j], g, out=du)
-                if amplitude != 1:
-                    du *= amplitude
-                if t < T - 1:
-                    du += after
-                if len(v) < T:
-                    np.add(da[0, i:j] if t < T - 1 else 0, du, out=da[0, i:j])
-
+        dz, dv = dz.reshape(z.shape), np.empty(v.shape, dtype)
+        da = dv if sc is None else np.empty_like(dv)
         def part(i, j):
-            lif_back(i, j) if neuron else act_back(i, j)
-            sums = None
-            if train or "p" in need:
-                product, sums = scratch("product", da[0, i:j].shape, dtype), np.zeros((2, C))
-                for d, x in zip(da[:, i:j], v[:, i:j]):
+            activation_back(i, j, dz, dv)
+            sums = np.zeros((2, C))
+            if sums_wanted:
+                product = scratch("a", v[0, i:j].shape, dtype)
+                for d, x in zip(dv[:, i:j], v[:, i:j]):
                     sums += _sum(d, C), _sum(np.multiply(d, x, out=product), C)
             if not train:
-                np.multiply(da[:, i:j], scale, out=dy[:, i:j])
+                np.multiply(dv[:, i:j], scale, out=da[:, i:j])
             return sums
-        dy = da if sc is None else np.empty_like(da)
-        parts = parallel(part, v.shape[1], chunk)
-        dbeta, dgamma = sum(parts) if train or "p" in need else (0, 0)
+        dbeta, dgamma = sum(parallel(part, v.shape[1], chunk))
         dgamma = (dgamma - mean * dbeta) * inv
-        dshortcut = None if sc is None else da.reshape(shortcut.shape)
-        da, dy, k = da.reshape(flat.shape), dy.reshape(flat.shape), gamma * inv / count
+        dshortcut = None if sc is None else dv.reshape(shortcut.shape)
+        dv, da = dv.reshape(flat.shape), da.reshape(flat.shape)
         if train and "x" in need:
+            k = gamma * inv / count
             linear, offset = row(-k * dgamma * inv), row(k * (dgamma * inv * mean - dbeta))
-
             def finish(i, j):
-                np.multiply(da[i:j], scale, out=dy[i:j])
-                t = np.multiply(flat[i:j], linear, out=scratch("a", dy[i:j].shape, dtype))
+                np.multiply(dv[i:j], scale, out=da[i:j])
+                t = np.multiply(flat[i:j], linear, out=scratch("a", da[i:j].shape, dtype))
                 t += offset
-                dy[i:j] += t
+                da[i:j] += t
             parallel(finish, len(flat), chunk_n)
         if tap:
-            dy += tap_back().reshape(dy.shape)
+            da += tap_back().reshape(da.shape)
         params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
-        return dy.reshape(a.shape), *params, dshortcut
+        return da.reshape(a.shape) if "x" in need else None, *params, dshortcut
     return (z.reshape(-1, *a.shape[1:]), running, tapped), back
 
 # -- taps of the synthesis step
 
 def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
-    """One layer of Eq. (3) and (8).   -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
-    C, v, dtype, count = a.shape[-1], _wide(a), a.dtype, a.size // a.shape[-1]
+    """A layer of Eq. (3) and (8).   -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
+    C, v, dtype, count = a.shape[-1], a.reshape(len(a), -1), a.dtype, a.size // a.shape[-1]
     levels = [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
     pi = np.asarray(pi, np.float64)[:len(levels), None]
     slope = np.sign(gamma) / (2 * tail.tau * np.sqrt(np.float64(var) + eps))
-    row = lambda value: np.tile(value.astype(dtype), v.shape[1] // C)
-    scale, shift, chunk = row(slope), row(-slope * mean), images_a_chunk(a, chunk)
-
-    def tanhs(i, j):                                       # sigmoid(2 x) = (1 + tanh x) / 2
+    row, chunk = functools.partial(_row, D=v.shape[1], dtype=dtype), images_a_chunk(a, chunk)
+    scale, shift = row(slope), row(-slope * mean)
+    def tanhs(i, j):  # sigmoid(2 x) = (1 + tanh x) / 2
         h = np.multiply(v[i:j], scale, out=scratch("a", v[i:j].shape, dtype))
         h += shift
         for level in levels:
-            t = np.subtract(h, level, out=scratch("r", h.shape, dtype))
+            t = np.subtract(h, level, out=scratch("t", h.shape, dtype))
             yield np.tanh(t, out=t)
     total = sum(parallel(lambda i, j: np.array([_sum(t, C) for t in tanhs(i, j)]), len(a), chunk))
     m, b = moments(a, chunk)
@@ -2224,17 +2130,15 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     gaps = m - mean, b - var
     norms = [np.sqrt((gap ** 2).sum()) for gap in gaps]
     l_bn, l_tar = sum(norms) if w_bn else 0.0, (d ** 2 / (pi * (1 - pi))).mean() if levels else 0.0
-
     def back():
         dm, db = (w_bn / count * gap / (norm or 1) for gap, norm in zip(gaps, norms))
         de = w_tar * d / (pi * (1 - pi)) / max(1, d.size) * slope / count
-        linear, constant, rows = row(2 * db), row(dm - 2 * db * m + de.sum(0)), [row(-x) for x in de]
-        da = np.empty_like(v)
-
+        linear, constant = row(2 * db), row(dm - 2 * db * m + de.sum(0))
+        rows, da = [row(-x) for x in de], np.empty_like(v)
         def part(i, j):
             np.multiply(v[i:j], linear, out=da[i:j])
             da[i:j] += constant
-            for t, weight in zip(tanhs(i, j), rows):       # (1 - tanh^2) de
+            for t, weight in zip(tanhs(i, j), rows):  # (1 - tanh^2) de
                 t *= t
                 t *= weight
                 da[i:j] += t
