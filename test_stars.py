@@ -6,7 +6,7 @@ drawn by hypothesis, and on mutants of stars, which it must fail. All in float64
     1  finite differences, and the tests of the tester
     2  operators           5  losses            8  mutants
     3  spiking neuron      6  optimisers        9  fast paths, GPU parity
-    4  networks            7  arguments, devices   10  data and files; the PyTorch peer, bench
+    4  networks            7  arguments, devices   10, 11  data, files, command line; PyTorch peer
 """
 import argparse
 import ast
@@ -35,11 +35,10 @@ import types
 import zipfile
 from pathlib import Path
 
+import stars  # before numpy: it sets the threads of BLAS
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-
-import stars
 
 settings.register_profile("stars", max_examples=12, deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("stars")
@@ -1167,7 +1166,9 @@ def test_augmentations_are_drawn_from_the_whole_range():
 A4, A2, V3 = np.ones((2, 4, 4, 3)), np.ones((2, 3)), np.ones(3)  # also in float32
 TEACHER = stars.Net(stars.init_weights(stars.weight_shapes("resnet8", 3, 2),
                                        np.random.default_rng(0)))
-BAD = [  # (call, what the sentence names)
+BAD = [  # what the sentence names, the call
+    ("beta", lambda: stars.norm_activation(A4, V3, np.ones(4), V3, V3)),
+    ("T", lambda: stars.norm_activation(A4, V3, V3, V3, V3, stars.Neuron(), 0)),
     ("x", lambda: stars.conv2d(A2, np.ones((1, 3, 3, 3)))),
     ("w", lambda: stars.conv2d(A4, np.ones((1, 2, 3, 3)))),
     ("w", lambda: stars.conv2d(A4, np.ones((1, 3, 2, 3)))),
@@ -2217,6 +2218,185 @@ def test_safetensors(tmp_path, monkeypatch):
     for data in (b"", whole[:-1], whole[:20], b"\xff" * 100, whole[:8] + b"{" * 50 + whole[58:]):
         Path(path).write_bytes(data)
         refused("w.safetensors cannot be read", stars.load_weights, path, "resnet20")
+
+# ---- 11  The command line ------------------------------------------------------------------------
+
+TINY = ["--epochs", "3", "--warm-up", "1", "--synthesis-steps", "2", "--distill-steps", "2",
+        "--batch", "8", "--generator-width", "4", "--z-dim", "4", "--quiet"]
+
+def run(capsys, *argv):
+    """Exit code of stars.py, its stdout and stderr."""
+    code = stars.main([str(a) for a in argv])
+    return code, *capsys.readouterr()
+
+def last_json(out):
+    return json.loads(out.splitlines()[-1])
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to run in, holding only a teacher of CIFAR-10's shape: teacher.npz."""
+    monkeypatch.chdir(tmp_path)
+    params = stars.init_weights(stars.weight_shapes("resnet8", 10, 4), np.random.default_rng(0))
+    stars.save_weights("teacher.npz", params, dict(arch="resnet8", classes=10))
+    return tmp_path
+
+def distil(capsys, *more):
+    return run(capsys, "--dataset", "cifar10", "--teacher", "teacher.npz", *TINY, *more)
+
+def put_cifar10(folder, monkeypatch, n=50):
+    """A test set of CIFAR-10's form with n random images in folder/data."""
+    monkeypatch.setitem(stars.DATASETS, "cifar10", stars.DATASETS["cifar10"]._replace(test=n))
+    path = folder / "data" / "cifar-10-batches-bin"
+    path.mkdir(parents=True)
+    records = np.random.default_rng(0).integers(0, 256, (n, 3073), np.uint8)
+    records[:, 0] %= 10
+    (path / "test_batch.bin").write_bytes(records.tobytes())
+
+def test_the_student_is_the_same_with_and_without_a_test_set(folder, capsys, monkeypatch):
+    monkeypatch.setitem(stars.DOWNLOADS, "cifar10",
+                        ("http://127.0.0.1:9/none", "0" * 32, "none.tar.gz", 1000))
+    code, out, _ = distil(capsys, "--out", "without", "--download", "--json")
+    row = last_json(out)
+    assert code == 0 and row["accuracy"] is None and 0 <= row["agreement"] <= 1
+    put_cifar10(folder, monkeypatch)
+    code, out, _ = distil(capsys, "--out", "with", "--json")
+    row = last_json(out)
+    assert code == 0 and 0 <= row["accuracy"] <= 1 and row["n"] == 50
+    assert digest(folder / "with/student.npz") == digest(folder / "without/student.npz")
+    code, out, _ = run(capsys, "eval", "with/student.npz", "--dataset", "cifar10", "--json")
+    assert last_json(out)["accuracy"] == row["accuracy"]
+
+def test_a_run_leaves_its_folder_and_its_json(folder, capsys):
+    code, out, _ = distil(capsys, "--json")
+    row = last_json(out)
+    assert set(row) >= {"accuracy", "agreement", "teacher_accuracy", "seeds", "method", "schedule",
+                        "device", "seconds", "student"}
+    run_folder = folder / "runs/cifar10-stars-s0"
+    for name in ("config.json", "metrics.jsonl", "student.npz", "summary.json", "checkpoint.npz"):
+        assert (run_folder / name).stat().st_size
+    assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 3
+    distil(capsys)
+    assert (folder / "runs/cifar10-stars-s0-2/student.npz").exists()
+
+def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
+    code, out, _ = distil(capsys, "--method", "all", "--seeds", "2", "--json")
+    rows = [(row["method"], *row["seeds"]) for row in last_json(out)["rows"]]
+    assert rows == [(m, s) for s in (0, 1) for m in ("bn", "bn+rca", "bn+tar", "stars")]
+
+@pytest.mark.parametrize("more", [("--synthesis", "pixels", "--w-tv", "1"), ("--init", "random"),
+                                  ("--student-arch", "vgg11", "--T", "1"), ("--surrogate", "atan")])
+def test_variants_run(folder, capsys, more):
+    assert distil(capsys, *more)[0] == 0
+
+def test_a_killed_run_goes_on_to_the_same_student(folder, capsys):
+    more = ("--epochs", "12", "--seed", "3")
+    assert distil(capsys, *more, "--out", "whole")[0] == 0
+    command = [sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher", "teacher.npz",
+               *TINY, *more, "--out", "cut", "--threads", "1"]
+    process = subprocess.Popen(command)
+    metrics = folder / "cut/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder / "cut/student.npz").exists()
+    assert run(capsys, "--resume", "cut", "--quiet")[0] == 0
+    assert digest(folder / "cut/student.npz") == digest(folder / "whole/student.npz")
+    code, _, err = run(capsys, "--resume", "cut", "--seed", "4")
+    assert code == 1 and "--seed was 3" in err
+
+def test_a_teacher_is_trained_from_a_file_and_goes_on_where_it_stopped(folder, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (40, 32, 32, 3), np.uint8), np.arange(40) % 2
+    np.savez("set.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    flags = ("teacher", "--dataset", "set.npz", "--arch", "resnet8", "--batch", "8",
+             "--epochs", "2", "--quiet")
+    code, out, _ = run(capsys, *flags, "--out", "a", "--json")
+    path = last_json(out)["teacher"]
+    assert code == 0 and stars.load_weights(path)[1]["classes"] == 2
+    steps, whole_step = itertools.count(1), stars.train_step
+
+    def interrupted_at_the_eighth(*args):
+        if next(steps) == 8:
+            raise KeyboardInterrupt
+        return whole_step(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(stars, "train_step", interrupted_at_the_eighth)
+        assert run(capsys, *flags, "--out", "b")[0] == 130
+    code, out, _ = run(capsys, "teacher", "--resume", "b", "--quiet", "--json")
+    assert digest(folder / last_json(out)["teacher"]) == digest(folder / path)
+
+def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
+    put_cifar10(folder, monkeypatch)
+    params, _ = stars.load_weights("teacher.npz")
+    public = {"module." + k.replace("linear", "fc"): v for k, v in params.items()}
+    np.savez("public.npz", **public, **{"module.bn1.num_batches_tracked": np.array(7)})
+    flags = ("--dataset", "cifar10", "--arch", "resnet8", "--json")
+    ours, theirs = (run(capsys, "eval", name, *flags) for name in ("teacher.npz", "public.npz"))
+    assert ours[0] == theirs[0] == 0 and last_json(ours[1]) == last_json(theirs[1])
+
+FAILURES = [  # arguments, what the sentence says
+    (["--dataset", "cifar11"], "cifar11"),
+    (["--teacher", "none.npz"], "none.npz"),
+    (["--teacher", "teacher.npz", "--arch", "vgg11"], "resnet8"),
+    (["--teacher", "teacher.npz", "--dataset", "cifar100"], "10 classes"),
+    (["--teacher", "spiking.npz"], "spiking"),
+    (["--teacher", "renamed.npz"], "conv9.weight"),
+    (["--teacher", "teacher.npz", "--mean", "1,2"], "--mean"),
+    (["--teacher", "teacher.npz", "--out", "full"], "full holds another run"),
+    (["--arch", "resnet56"], "shipped"),
+    (["--resume", "none"], "none"),
+    (["--device", "gpu"], "no usable GPU"),
+    (["eval", "teacher.npz"], "measure"),
+    (["teacher", "--dataset", "cifar10"], "cifar10 is not in data")]
+
+@pytest.mark.parametrize("argv, sentence", FAILURES)
+def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, sentence):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    params, info = stars.load_weights("teacher.npz")
+    stars.save_weights("spiking.npz", params, info | dict(neuron=dict(lam=0.5), T=2))
+    params["conv9.weight"] = params.pop("conv1.weight")
+    stars.save_weights("renamed.npz", params, info)
+    (folder / "full").mkdir()
+    (folder / "full/config.json").write_text("{}")
+    code, _, err = run(capsys, *argv, "--quiet")
+    assert code == 1 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
+
+@pytest.mark.parametrize("argv", [
+    "--T -1", "--batch 1", "--method bm", "--tail-law fat", "--lr nan", "--epochs 2 --warm-up 2",
+    "--arch resnet9", "--seeds 0", "--tau-kd 0", "--quantile 1", "--nothing", "bench --teacher x",
+    "eval"])
+def test_wrong_usage_ends_with_code_2(capsys, argv):
+    with pytest.raises(SystemExit) as end:
+        stars.main(argv.split())
+    assert end.value.code == 2 and "error:" in capsys.readouterr().err
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys, monkeypatch):
+    monkeypatch.setattr(stars, "distillation_loss", lambda t, s, tau: (
+        np.float32("nan"), lambda: np.zeros_like(s)))
+    code, _, err = distil(capsys)
+    assert code == 1 and "kd became nan in epoch 2" in err
+
+def test_bench_reports_its_keys(capsys):
+    code, out, _ = run(capsys, "bench", "--arch", "resnet8", "--batch", "2", "--T", "1",
+                       "--generator-width", "4", "--z-dim", "4", "--json")
+    assert set(last_json(out)) == {"distill_step_s", "synthesis_step_s", "teacher_forward_s",
+                                   "student_forward_s", "images_per_s", "gflops", "peak_mib"}
+
+def test_shapes_are_ten_balanced_classes_that_depend_on_the_seed():
+    x, y = stars.draw_shapes(500, 0)
+    assert x.shape == (500, 32, 32, 3) and x.dtype == np.uint8 and set(y) == set(range(10))
+    assert (stars.draw_shapes(500, 0)[0] == x).all() and (stars.draw_shapes(500, 1)[0] != x).any()
+
+def test_what_is_shipped_is_what_its_sums_say():
+    folder = Path(stars.__file__).parent / "data"
+    for path in folder.glob("*.npz"):
+        stars.check_shipped(path)
+        _, info = stars.load_weights(path)
+        assert 0 < info["accuracy"] < 1 and "command" in info
 
 # ---- PyTorch peer --------------------------------------------------------------------------------
 # The networks, Eq. (1)-(10) and both steps once more, from the equations, with autograd. Images are
