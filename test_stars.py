@@ -2761,6 +2761,21 @@ def test_peer_distillation_steps_agree(family):
         for ours, other in zip((loss, back(loss_back())[1], s.running), theirs, strict=True):
             assert_agree(ours, other)
 
+@needs_torch
+def test_the_readme_trains_a_pytorch_generator():
+    readme = Path(stars.__file__).with_name("README.md").read_text()
+    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "torch.randn" in b)
+    last = torch.nn.Linear(256, 3072)
+    space = {name: stars.init_weights(stars.weight_shapes("resnet8", 10, 4),
+                                      np.random.default_rng(seed))
+             for seed, name in enumerate(("teacher_params", "student_params"))}
+    space["generator"] = torch.nn.Sequential(last, torch.nn.Sigmoid(),
+                                             torch.nn.Unflatten(1, (3, 32, 32)))
+    exec(example, space)
+    y, dy = space["images"].detach().flatten(1), torch.from_numpy(space["dx"].transpose(0, 3, 1, 2))
+    wanted = (dy.flatten(1) * y * (1 - y)).sum(0)
+    assert wanted.abs().max() > 0 and torch.allclose(last.bias.grad, wanted, rtol=1e-4, atol=1e-7)
+
 # `python test_stars.py bench` runs `stars.py bench` and the peer's, each in a process of its own.
 
 BENCHED = ("distill_step_s", "synthesis_step_s", "teacher_forward_s", "student_forward_s",
