@@ -1235,7 +1235,7 @@ class Config:
 
 SCHEDULES = {  # epochs, of which warm-up; steps an epoch; batch
     "shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
-    "quick": dict(epochs=20, warm_up=4, synthesis_steps=20, distill_steps=80, batch=64),
+    "quick": dict(epochs=20, warm_up=8, synthesis_steps=25, distill_steps=110, batch=64),
     "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
 
 def settle(c):
@@ -1243,6 +1243,10 @@ def settle(c):
     auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
     schedule, own = c.schedule.replace("auto", auto), c.init == "teacher"
     values = {k: getattr(c, k) or v for k, v in SCHEDULES[schedule].items()}
+    values["warm_up"] = c.warm_up or min(values["warm_up"], max(1, values["epochs"] // 4))
+    if values["warm_up"] >= values["epochs"]:
+        raise UserError(f"--epochs {values['epochs']} leaves none after a warm-up of "
+                        f"{values['warm_up']}: take more epochs")
     return dataclasses.replace(
         c, **values, schedule=schedule, T=c.T or 4, lr=c.lr or (0.01 if own else 0.1),
         reset=c.reset or ("soft" if own else "hard"),
@@ -1364,6 +1368,13 @@ def synthesise(c, params, state, rng, teacher, student, weights, size):
         if step == c.synthesis_steps - 1:
             yield sigmoid(pixels["v"])[0], parts
 
+def gradient_norms(x, teacher, student, weights, tail):
+    """{"grad_<term>": norm of dL/dx} of each term of Eq. (9) in use, at weight 1."""
+    none = Weights(0, 0, 0, 0, 0, 0)
+    return {f"grad_{k}": float(xp.sqrt((synthesis_loss(
+        x, teacher, student, dataclasses.replace(none, **{k: 1.0}), None, tail)[1] ** 2).sum()))
+        for k, weight in dataclasses.asdict(weights).items() if weight}
+
 def first_student(c, rng, teacher, arch, images):
     """The student before its first step; images: what --init teacher takes the thresholds from."""
     params = init_weights(weight_shapes(arch, classes_of(teacher.params)), rng)
@@ -1403,6 +1414,8 @@ def distil(c, teacher, arch, folder, say):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
         numbers = {k: float(v) / batches for k, v in sums.items()}
+        numbers |= gradient_norms(x[:32], teacher, student, weights,
+                                  Tail(c.tail_law, side=c.tail_side))
         pool = np.memmap(path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, arch, pool[-1]))
@@ -1491,7 +1504,8 @@ def progress(c, folder):
                      "".join(to_json(row) + "\n" for row in rows).encode())
         more = 1 + c.distill_steps / c.synthesis_steps if epoch < c.warm_up else 1
         left = numbers["seconds"] * (c.epochs - epoch) * more / 60
-        losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items() if k != "seconds")
+        losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items()
+                           if k != "seconds" and "grad" not in k)
         tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, about "
                 f"{left:.0f} min left)")
     return say
@@ -1504,7 +1518,8 @@ def draw(folder, pool):
         size, images = pool.shape[2], pool.reshape(-1, *pool.shape[2:])[-128:]
         columns = min(16, len(images))
         grid = images[len(images) % columns:].reshape(-1, columns, size, size, 3)
-        grid = grid.transpose(0, 2, 1, 3, 4).reshape(-1, columns * size, 3).repeat(2, 0).repeat(2, 1)
+        grid = grid.transpose(0, 2, 1, 3, 4).reshape(-1, columns * size, 3)
+        grid = grid.repeat(2, 0).repeat(2, 1)
         write_atomic(os.path.join(folder, "synthetic.png"),
                      lambda file: matplotlib.image.imsave(file, grid, format="png"))
         rows = read_metrics(folder)
@@ -1569,8 +1584,9 @@ def load_net(c, path):
     params, info = load_weights(path, c.arch or None)
     known = DATASETS.get(c.dataset)
     if info.get("dataset", c.dataset) != c.dataset or known and info["classes"] != known.classes:
-        raise UserError(f"{path} knows {info['classes']} classes of {info.get('dataset', 'its own')}"
-                        f", not {c.dataset}: name the data set it was trained on with --dataset")
+        raise UserError(f"{path} knows {info['classes']} classes of "
+                        f"{info.get('dataset', 'its data set')}, not {c.dataset}: name the data "
+                        "set it was trained on with --dataset")
     width = len(params.get("conv1.weight", params.get("features.0.weight", [0])))
     extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
     constants = []
@@ -1662,8 +1678,8 @@ def distil_once(c):
     folder = c.resume or new_folder(c, os.path.join("runs", f"{c.dataset}-{c.method}-s{c.seed}"))
     arch, began = c.student_arch or info["arch"], time.monotonic()
     device, path = "cpu" if xp is np else "gpu", os.path.join(folder, "student.npz")
-    tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule {c.schedule} "
-            f"on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis steps and, after "
+    tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
+            f"{c.schedule} on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis steps and, after "
             f"{c.warm_up}, {c.distill_steps} distillation steps of {c.batch} images; into {folder}")
     student, agrees, pool = distil(c, teacher, arch, folder, progress(c, folder))
     student = student._replace(params=saved(student.params))
@@ -1762,7 +1778,6 @@ def check(c):
     require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
     require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
     require(c.batch != 1, "--batch must be 2 or more: Eq. (7) compares images")
-    require(c.warm_up < (c.epochs or np.inf), "--warm-up must be below --epochs")
     Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
     for arch in filter(None, (c.arch, c.student_arch)):
         weight_shapes(arch, 10)

@@ -2349,6 +2349,7 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--out", "full"], "full holds another run"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
+    (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
     (["--device", "gpu"], "no usable GPU"),
     (["eval", "teacher.npz"], "measure"),
     (["teacher", "--dataset", "cifar10"], "cifar10 is not in data")]
@@ -2366,8 +2367,8 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     assert code == 1 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
 @pytest.mark.parametrize("argv", [
-    "--T -1", "--batch 1", "--method bm", "--tail-law fat", "--lr nan", "--epochs 2 --warm-up 2",
-    "--arch resnet9", "--seeds 0", "--tau-kd 0", "--quantile 1", "--nothing", "bench --teacher x",
+    "--T -1", "--batch 1", "--method bm", "--tail-law fat", "--lr nan", "--arch resnet9",
+    "--seeds 0", "--tau-kd 0", "--quantile 1", "--nothing", "bench --teacher x",
     "eval"])
 def test_wrong_usage_ends_with_code_2(capsys, argv):
     with pytest.raises(SystemExit) as end:
@@ -2764,7 +2765,8 @@ def test_peer_distillation_steps_agree(family):
 @needs_torch
 def test_the_readme_trains_a_pytorch_generator():
     readme = Path(stars.__file__).with_name("README.md").read_text()
-    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "torch.randn" in b)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    example = next(block for block in blocks if "torch.randn" in block)
     last = torch.nn.Linear(256, 3072)
     space = {name: stars.init_weights(stars.weight_shapes("resnet8", 10, 4),
                                       np.random.default_rng(seed))
