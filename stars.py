@@ -1679,8 +1679,8 @@ def distil_once(c):
     arch, began = c.student_arch or info["arch"], time.monotonic()
     device, path = "cpu" if xp is np else "gpu", os.path.join(folder, "student.npz")
     tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
-            f"{c.schedule} on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis steps and, after "
-            f"{c.warm_up}, {c.distill_steps} distillation steps of {c.batch} images; into {folder}")
+            f"{c.schedule} on the {device}: {c.epochs} epochs, {c.synthesis_steps} synthesis and, "
+            f"after {c.warm_up}, {c.distill_steps} distillation steps of {c.batch}; into {folder}")
     student, agrees, pool = distil(c, teacher, arch, folder, progress(c, folder))
     student = student._replace(params=saved(student.params))
     save_weights(path, student.params, dict(
