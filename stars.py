@@ -1654,6 +1654,15 @@ def resumed(c):
                             ": leave it out, or start a new run")
     return dataclasses.replace(old, **{k: getattr(c, k) for k in here})
 
+def command_of(c, command):
+    """The command line that makes the same file again."""
+    here = {"data_dir", "download", "device", "out", "json", "quiet", "threads", "resume"}
+    fields = [f for f in dataclasses.fields(c)
+              if command[0] in f.metadata["commands"] and f.name not in here]
+    return f"python stars.py {command} " + " ".join(
+        f"--{f.name.replace('_', '-')} {getattr(c, f.name)}" for f in fields
+        if f.name in ("dataset", "seed") or getattr(c, f.name) != f.default)
+
 def saved(params):
     """What a file would hold of params, as float32 on the device."""
     return {k: xp.asarray(v, np.float32) if v.ndim else float(v)
@@ -1685,7 +1694,7 @@ def distil_once(c):
     student = student._replace(params=saved(student.params))
     save_weights(path, student.params, dict(
         arch=arch, classes=info["classes"], T=c.T, neuron=dataclasses.asdict(student.activation),
-        mean=teacher.mean, std=teacher.std, dataset=c.dataset, method=c.method, seed=c.seed))
+        mean=teacher.mean, std=teacher.std, dataset=c.dataset, command=command_of(c, "distill")))
     draw(folder, pool)
     row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees,
                accuracy=None, teacher_accuracy=info.get("accuracy"), device=device, student=path,
@@ -1717,8 +1726,7 @@ def run_teacher(c):
     path = os.path.join(folder, f"{c.dataset}-{c.arch}-teacher.npz")
     save_weights(path, net.params, dict(
         arch=c.arch, classes=classes, mean=mean, std=std, dataset=c.dataset, accuracy=found,
-        command=f"python stars.py teacher --dataset {c.dataset} --arch {c.arch} --epochs {c.epochs}"
-                f" --batch {c.batch} --lr {c.lr} --weight-decay {c.weight_decay} --seed {c.seed}"))
+        command=command_of(c, "teacher")))
     print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
     return dict(accuracy=found, teacher=path)
 
