@@ -1235,7 +1235,7 @@ class Config:
 
 SCHEDULES = {  # epochs, of which warm-up; steps an epoch; batch
     "shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
-    "quick": dict(epochs=20, warm_up=8, synthesis_steps=25, distill_steps=110, batch=64),
+    "quick": dict(epochs=20, warm_up=5, synthesis_steps=25, distill_steps=80, batch=64),
     "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
 
 def settle(c):
@@ -1243,7 +1243,8 @@ def settle(c):
     auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
     schedule, own = c.schedule.replace("auto", auto), c.init == "teacher"
     values = {k: getattr(c, k) or v for k, v in SCHEDULES[schedule].items()}
-    values["warm_up"] = c.warm_up or min(values["warm_up"], max(1, values["epochs"] // 4))
+    if c.epochs and not c.warm_up:
+        values["warm_up"] = min(values["warm_up"], max(1, c.epochs // 4))
     if values["warm_up"] >= values["epochs"]:
         raise UserError(f"--epochs {values['epochs']} leaves none after a warm-up of "
                         f"{values['warm_up']}: take more epochs")
@@ -1502,7 +1503,7 @@ def progress(c, folder):
         rows = read_metrics(folder)[:epoch - 1] + [dict(epoch=epoch, **numbers)]
         write_atomic(os.path.join(folder, "metrics.jsonl"),
                      "".join(to_json(row) + "\n" for row in rows).encode())
-        more = 1 + c.distill_steps / c.synthesis_steps if epoch < c.warm_up else 1
+        more = 1 + c.distill_steps / c.synthesis_steps if epoch <= c.warm_up else 1
         left = numbers["seconds"] * (c.epochs - epoch) * more / 60
         losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items()
                            if k != "seconds" and "grad" not in k)
@@ -1613,24 +1614,23 @@ def shipped(c):
     raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are {', '.join(names)}):"
                     f" give --teacher FILE, or python stars.py teacher --dataset {c.dataset}")
 
-def test_set(c):
-    """(x, y) of the test set; where there is none, None and a sentence on stderr."""
-    missing = find_dataset(c.dataset, "test", c.data_dir) is None
-    if missing and c.download:
+def data_of(c, split):
+    """(x, y) of c.dataset, fetched first where it is missing and --download was given."""
+    if c.download and find_dataset(c.dataset, split, c.data_dir) is None:
         url, md5, name, limit = DOWNLOADS[c.dataset]
         tell(c, f"downloading {url}")
-        try:
-            download(url, md5, os.path.join(c.data_dir, name), limit, lambda done, total: None
-                     if c.quiet else print(f"\r{done >> 20} of {total >> 20} MiB ", end="\n" * (
-                         done == total), file=sys.stderr))
-            missing = False
-        except UserError as error:
-            tell(c, str(error))
-    if missing:
-        url, _, name, _ = DOWNLOADS[c.dataset]
-        return tell(c, f"{c.dataset} is not in {c.data_dir}, so no accuracy can be measured: put "
-                       f"{name} there, from {url}, or add --download")
-    return load_dataset(c.dataset, "test", c.data_dir)
+        def shown(done, total):
+            print(f"\r{done >> 20} of {total >> 20} MiB ", end="", file=sys.stderr)
+        download(url, md5, os.path.join(c.data_dir, name), limit, None if c.quiet else shown)
+        tell(c, "")
+    return load_dataset(c.dataset, split, c.data_dir)
+
+def test_set(c):
+    """The test set, or None and a sentence on stderr: a run does not fail for want of one."""
+    try:
+        return data_of(c, "test")
+    except UserError as error:
+        tell(c, f"no accuracy can be measured: {error}")
 
 def new_folder(c, base):
     """The folder of a run: --out, which must not hold one, or base, or base-2, -3 ... if taken."""
@@ -1710,7 +1710,7 @@ def run_teacher(c):
     small = c.dataset == "shapes"
     c = dataclasses.replace(c, arch=c.arch or ("resnet8" if small else "resnet20"), lr=c.lr or 0.1,
                             batch=c.batch or 128, epochs=c.epochs or (8 if small else 40))
-    x, y = load_dataset(c.dataset, "train", c.data_dir)
+    x, y = data_of(c, "train")
     known = DATASETS.get(c.dataset)
     classes = known.classes if known else int(y.max()) + 1
     mean, std = (known.mean, known.std) if known else (
@@ -1733,10 +1733,7 @@ def run_teacher(c):
 def run_eval(c, path):
     """Measure a saved network on the test set."""
     net, _ = load_net(c, path)
-    net, test = net._replace(T=c.T or net.T), test_set(c)
-    if not test:
-        raise UserError("there is nothing to measure on")
-    found = evaluate(net, *test, c.batch or 256)
+    found = evaluate(net._replace(T=c.T or net.T), *data_of(c, "test"), c.batch or 256)
     spiking = "" if found["energy_uj"] is None else (
         f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}")
     print(f"{path}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy an image "

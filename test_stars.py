@@ -2351,7 +2351,7 @@ FAILURES = [  # arguments, what the sentence says
     (["--resume", "none"], "none"),
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
     (["--device", "gpu"], "no usable GPU"),
-    (["eval", "teacher.npz"], "measure"),
+    (["eval", "teacher.npz"], "cifar10 is not in data"),
     (["teacher", "--dataset", "cifar10"], "cifar10 is not in data")]
 
 @pytest.mark.parametrize("argv, sentence", FAILURES)
