@@ -135,8 +135,8 @@ def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", mome
     the unbiased variance (returned, not written). tapped: the loss of the tap, or None.
     back: dy -> dx, dgamma, dbeta. Keeps the normalised x.
     """
-    expect("gamma", gamma, x.shape[-1])
-    expect("beta", beta, x.shape[-1])
+    for name, vector in (("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var)):
+        expect(name, vector, x.shape[-1])
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
     require(count > 1 or not train, "x must have more than one value a channel in train mode")
     tapped, tap_back = tap(x) if tap else (None, None)
@@ -359,14 +359,14 @@ class Net(NamedTuple):
     activation: Any = relu                   # a Neuron, or a function x -> (y, back)
     T: int = 1                               # time steps
     mean: tuple = (0.4914, 0.4822, 0.4465)   # normalisation of images in [0, 1], per channel
-    std: tuple = (0.2023, 0.1994, 0.2010)
+    std: tuple = (0.2470, 0.2435, 0.2616)
 
 class Output(NamedTuple):
     """What a network gives, and what it met on the way."""
     logits: Any      # (N, K), averaged over time
     features: Any    # (N, D), the pooled input of the last linear layer, averaged over time
     running: dict    # train: the next running statistics, by parameter name
-    tapped: dict     # layer -> what the tap on its input returned
+    tapped: dict     # layer -> the loss of the tap on its input
     rates: dict      # measure: layer -> share of neurons and steps that spike
     costs: list      # measure: (layer, MACs an image, accumulates an image and step or None)
 
@@ -698,12 +698,12 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", ep
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """The weights of Eq. (9); 0 drops a term and its cost. During warm-up adv = rca = 0."""
-    bn: float = 1.0      # Eq. (3)
-    oh: float = 1.0      # Eq. (4)
-    bal: float = 5.0     # Eq. (5)
-    adv: float = 1.0     # Eq. (6)
-    rca: float = 10.0    # Eq. (7)
-    tar: float = 100.0   # Eq. (8)
+    bn: float = 1.0      # of (3)
+    oh: float = 1.0      # of (4)
+    bal: float = 5.0     # of (5)
+    adv: float = 1.0     # of (6)
+    rca: float = 10.0    # of (7)
+    tar: float = 100.0   # of (8)
 
 def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tail=Tail()):
     """How good images are for distillation, and the gradient on them: for any source of images.
@@ -1138,6 +1138,9 @@ def load_weights(path, arch=None, classes=None):
         if value is not None and info.setdefault(key, value) != value:
             raise UserError(f"{path} has {key} {info[key]}, not {value}: leave that flag out, or "
                             "take another file")
+    if "classes" not in info:
+        raise UserError(f"{path} has no linear.weight or classifier.weight that tells its classes: "
+                        "a network with one linear layer is needed")
     if not isinstance(info.get("arch"), str):
         raise UserError(f"{path} does not say what network it is: add --arch, say --arch resnet20")
     return params, info
@@ -1245,6 +1248,8 @@ def settle(c):
     values = {k: getattr(c, k) or v for k, v in SCHEDULES[schedule].items()}
     if c.epochs and not c.warm_up:
         values["warm_up"] = min(values["warm_up"], max(1, c.epochs // 4))
+    if values["batch"] < 2:
+        raise UserError("--batch must be 2 or more: Eq. (7) compares images")
     if values["warm_up"] >= values["epochs"]:
         raise UserError(f"--epochs {values['epochs']} leaves none after a warm-up of "
                         f"{values['warm_up']}: take more epochs")
@@ -1386,13 +1391,12 @@ def first_student(c, rng, teacher, arch, images):
                    if k.rpartition(".")[0] + ".weight" in params}
     return params
 
-def distil(c, teacher, arch, folder, say):
+def distil(c, teacher, arch, size, folder, say):
     """STARS: teacher Net -> (student Net, agreement on held-out synthetic images, pool of images).
 
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
     8-bit images lies in pool.bin; a sixteenth of each batch is held out. say(epoch, numbers).
     """
-    size = DATASETS[c.dataset].size if c.dataset in DATASETS else 32
     rng, held = np.random.default_rng(c.seed), max(1, c.batch // 16)
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * (c.method in ("bn+rca", "stars")),
                    c.w_tar * (c.method in ("bn+tar", "stars")))
@@ -1599,14 +1603,16 @@ def load_net(c, path):
         activation = Neuron(**info["neuron"]) if "neuron" in info else relu
         for part in ("mean", "std"):
             flag = [float(v) for v in getattr(c, part).split(",") if v]
-            r, g, b = flag or info.get(part) or getattr(known, part, ())
+            require(not flag or flag == list(info.get(part, flag)),
+                    f"it has {part} {info.get(part)}")
+            r, g, b = info.get(part) or flag or getattr(known, part, ())
             constants.append((float(r), float(g), float(b)))
     return Net(params, activation, int(info.get("T", 1)), *constants), info
 
 def shipped(c):
     """Path of the teacher for c.dataset and c.arch in data/ beside this file."""
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-    names = sorted(k for k in os.listdir(folder) if k.endswith("-teacher.npz"))
+    names = sorted(path.name for path in pathlib.Path(folder).glob("*-teacher.npz"))
     for name in names:
         if name.startswith(f"{c.dataset}-{c.arch}"):
             check_shipped(os.path.join(folder, name))
@@ -1632,21 +1638,28 @@ def test_set(c):
     except UserError as error:
         tell(c, f"no accuracy can be measured: {error}")
 
-def new_folder(c, base):
+def stem(c):
+    """The data set's name, of a file without folder and ending."""
+    return pathlib.Path(c.dataset).name.removesuffix(".npz")
+
+def new_folder(c, base, command):
     """The folder of a run: --out, which must not hold one, or base, or base-2, -3 ... if taken."""
     names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
     folder = c.out or next(k for k in names if not os.path.exists(k))
     if os.path.exists(os.path.join(folder, "config.json")):
         raise UserError(f"{folder} holds another run: choose another --out, or --resume {folder}")
-    write_atomic(os.path.join(folder, "config.json"), to_json(dataclasses.asdict(c)).encode())
+    settings = dataclasses.asdict(c) | dict(command=command)
+    write_atomic(os.path.join(folder, "config.json"), to_json(settings).encode())
     return folder
 
-def resumed(c):
+def resumed(c, command):
     """The settings of the run in c.resume. UserError: a flag given besides says something else."""
     path, here = os.path.join(c.resume, "config.json"), ("json", "quiet", "device", "threads",
                                                          "download", "resume")
     with reading(path, "name the folder of a run"), open(path) as file:
-        old = Config(**json.load(file))
+        settings = json.load(file)
+        require(settings.pop("command") == command, f"it is not a run of {command}")
+        old = Config(**settings)
     for field in dataclasses.fields(Config):
         given, was = getattr(c, field.name), getattr(old, field.name)
         if field.name not in here and given not in (field.default, was):
@@ -1671,7 +1684,7 @@ def saved(params):
 def run_distil(c):
     """The main job, for each seed and method."""
     methods = METHODS if c.method == "all" else (c.method,)
-    rows = [distil_once(dataclasses.replace(c, method=method, seed=seed))
+    rows = [distil_once(dataclasses.replace(c, method=method, seed=seed, seeds=1))
             for seed in range(c.seed, c.seed + c.seeds) for method in methods]
     for row in rows:
         print(f"{row['method']:7} seed {row['seeds'][0]}  student {percent(row['accuracy'])}  "
@@ -1684,13 +1697,14 @@ def distil_once(c):
     if teacher.activation is not relu:
         raise UserError(f"{c.teacher} is a spiking network: the teacher must be an ANN")
     c = c if c.resume else settle(c)
-    folder = c.resume or new_folder(c, os.path.join("runs", f"{c.dataset}-{c.method}-s{c.seed}"))
+    folder = c.resume or new_folder(c, f"runs/{stem(c)}-{c.method}-s{c.seed}", "distill")
+    size = DATASETS[c.dataset].size if c.dataset in DATASETS else info.get("size", 32)
     arch, began = c.student_arch or info["arch"], time.monotonic()
     device, path = "cpu" if xp is np else "gpu", os.path.join(folder, "student.npz")
     tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
             f"{c.schedule} on the {device}: {c.epochs} epochs, {c.synthesis_steps} synthesis and, "
             f"after {c.warm_up}, {c.distill_steps} distillation steps of {c.batch}; into {folder}")
-    student, agrees, pool = distil(c, teacher, arch, folder, progress(c, folder))
+    student, agrees, pool = distil(c, teacher, arch, size, folder, progress(c, folder))
     student = student._replace(params=saved(student.params))
     save_weights(path, student.params, dict(
         arch=arch, classes=info["classes"], T=c.T, neuron=dataclasses.asdict(student.activation),
@@ -1711,21 +1725,23 @@ def run_teacher(c):
     c = dataclasses.replace(c, arch=c.arch or ("resnet8" if small else "resnet20"), lr=c.lr or 0.1,
                             batch=c.batch or 128, epochs=c.epochs or (8 if small else 40))
     x, y = data_of(c, "train")
+    c = dataclasses.replace(c, batch=min(c.batch, len(x)))
     known = DATASETS.get(c.dataset)
     classes = known.classes if known else int(y.max()) + 1
     mean, std = (known.mean, known.std) if known else (
         f(x.reshape(-1, 3) / np.float32(255), 0).round(4).tolist() for f in (np.mean, np.std))
     net = Net(init_weights(weight_shapes(c.arch, classes), np.random.default_rng(c.seed)), relu, 1,
               mean, std)
-    folder = c.resume or new_folder(c, os.path.join("runs", f"{c.dataset}-{c.arch}-teacher"))
+    folder = c.resume or new_folder(c, f"runs/{stem(c)}-{c.arch}-teacher", "teacher")
     tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
     train(c, net, x, y, folder, progress(dataclasses.replace(c, warm_up=0), folder))
     net = net._replace(params=saved(net.params))
     test = test_set(c)
     found = accuracy(net, *test) if test else None
-    path = os.path.join(folder, f"{c.dataset}-{c.arch}-teacher.npz")
+    path = os.path.join(folder, f"{stem(c)}-{c.arch}-teacher.npz")
     save_weights(path, net.params, dict(
-        arch=c.arch, classes=classes, mean=mean, std=std, dataset=c.dataset, accuracy=found,
+        arch=c.arch, classes=classes, size=x.shape[1], mean=mean, std=std, dataset=c.dataset,
+        accuracy=found,
         command=command_of(c, "teacher")))
     print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
     return dict(accuracy=found, teacher=path)
@@ -1782,7 +1798,8 @@ def check(c):
             require(least <= value < np.inf, f"{name} must be {int(least)} or more, not {value}")
     require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
     require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
-    require(c.batch != 1, "--batch must be 2 or more: Eq. (7) compares images")
+    require(not c.out or c.seeds == 1 and c.method != "all",
+            "--out is the folder of one run: leave it out with --seeds and --method all")
     Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
     for arch in filter(None, (c.arch, c.student_arch)):
         weight_shapes(arch, 10)
@@ -1792,7 +1809,7 @@ def main(argv=None):
     global THREADS
     command, c, path = parse(sys.argv[1:] if argv is None else argv)
     try:
-        c, THREADS = resumed(c) if c.resume else c, c.threads or THREADS
+        c, THREADS = resumed(c, command) if c.resume else c, c.threads or THREADS
         use_device(c.device)
         keep_pages()
         result = (run_eval(c, path) if command == "eval" else
@@ -2134,6 +2151,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     C, v, dtype, count = a.shape[-1], a.reshape(len(a), -1), a.dtype, a.size // a.shape[-1]
     levels = [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
     pi = np.asarray(pi, np.float64)[:len(levels), None]
+    require(((pi > 0) & (pi < 1)).all(), f"pi must be numbers between 0 and 1, not {pi.ravel()}")
     slope = np.sign(gamma) / (2 * tail.tau * np.sqrt(np.float64(var) + eps))
     row, chunk = functools.partial(_row, D=v.shape[1], dtype=dtype), images_a_chunk(a, chunk)
     scale, shift = row(slope), row(-slope * mean)

@@ -2345,11 +2345,14 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--dataset", "cifar100"], "10 classes"),
     (["--teacher", "spiking.npz"], "spiking"),
     (["--teacher", "renamed.npz"], "conv9.weight"),
+    (["--teacher", "headless.npz", "--arch", "vgg11"], "linear layer"),
     (["--teacher", "teacher.npz", "--mean", "1,2"], "--mean"),
     (["--teacher", "teacher.npz", "--out", "full"], "full holds another run"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
+    (["--teacher", "teacher.npz", "--batch", "1"], "--batch"),
+    (["teacher", "--resume", "full"], "full"),
     (["--device", "gpu"], "no usable GPU"),
     (["eval", "teacher.npz"], "cifar10 is not in data"),
     (["teacher", "--dataset", "cifar10"], "cifar10 is not in data")]
@@ -2359,6 +2362,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     monkeypatch.setitem(sys.modules, "cupy", None)
     params, info = stars.load_weights("teacher.npz")
     stars.save_weights("spiking.npz", params, info | dict(neuron=dict(lam=0.5), T=2))
+    np.savez("headless.npz", **{"classifier.6.weight": np.ones((2, 2))})
     params["conv9.weight"] = params.pop("conv1.weight")
     stars.save_weights("renamed.npz", params, info)
     (folder / "full").mkdir()
@@ -2367,7 +2371,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     assert code == 1 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
 @pytest.mark.parametrize("argv", [
-    "--T -1", "--batch 1", "--method bm", "--tail-law fat", "--lr nan", "--arch resnet9",
+    "--T -1", "--out a --seeds 2", "--method bm", "--tail-law fat", "--lr nan", "--arch resnet9",
     "--seeds 0", "--tau-kd 0", "--quantile 1", "--nothing", "bench --teacher x",
     "eval"])
 def test_wrong_usage_ends_with_code_2(capsys, argv):
@@ -2764,16 +2768,14 @@ def test_peer_distillation_steps_agree(family):
             assert_agree(ours, other)
 
 @needs_torch
-def test_the_readme_trains_a_pytorch_generator():
+def test_the_readme_trains_a_pytorch_generator(monkeypatch):
     readme = Path(stars.__file__).with_name("README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     example = next(block for block in blocks if "torch.randn" in block)
     last = torch.nn.Linear(256, 3072)
-    space = {name: stars.init_weights(stars.weight_shapes("resnet8", 10, 4),
-                                      np.random.default_rng(seed))
-             for seed, name in enumerate(("teacher_params", "student_params"))}
-    space["generator"] = torch.nn.Sequential(last, torch.nn.Sigmoid(),
-                                             torch.nn.Unflatten(1, (3, 32, 32)))
+    space = {"generator": torch.nn.Sequential(last, torch.nn.Sigmoid(),
+                                              torch.nn.Unflatten(1, (3, 32, 32)))}
+    monkeypatch.chdir(Path(stars.__file__).parent)
     exec(example, space)
     y, dy = space["images"].detach().flatten(1), torch.from_numpy(space["dx"].transpose(0, 3, 1, 2))
     wanted = (dy.flatten(1) * y * (1 - y)).sum(0)
