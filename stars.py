@@ -1507,12 +1507,11 @@ def progress(c, folder):
         rows = read_metrics(folder)[:epoch - 1] + [dict(epoch=epoch, **numbers)]
         write_atomic(os.path.join(folder, "metrics.jsonl"),
                      "".join(to_json(row) + "\n" for row in rows).encode())
-        more = 1 + c.distill_steps / c.synthesis_steps if epoch <= c.warm_up else 1
-        left = numbers["seconds"] * (c.epochs - epoch) * more / 60
+        left = ("the first epoch of distillation tells how long" if epoch <= c.warm_up else
+                f"about {numbers['seconds'] * (c.epochs - epoch) / 60:.0f} min left")
         losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items()
                            if k != "seconds" and "grad" not in k)
-        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, about "
-                f"{left:.0f} min left)")
+        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, {left})")
     return say
 
 def draw(folder, pool):
