@@ -49,7 +49,6 @@ xp = np  # the array module of every function below: numpy, or cupy after use_de
 
 def use_device(name="auto"):
     """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
-
     -> "cpu" or "gpu". Raises RuntimeError where "gpu" is not there, ValueError for another name.
     """
     global xp
@@ -89,7 +88,6 @@ def expect(name, x, *shape):
 
 def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
-
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
     back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted.
     """
@@ -128,7 +126,6 @@ def channel_mean(x):
 
 def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", momentum=.1, eps=1e-5):
     """y = gamma (x - m) / sqrt(v + eps) + beta, over all axes but the last.   Ioffe & Szegedy 2015
-
     x (..., C); gamma, beta, mean, var (C,). m, v: mean, var (eval) or those of x (train, v biased).
     tap: x -> (loss, back), a loss on the input of the layer; its back() is added to dx.
     Value: (y, running, tapped). running: (mean, var), in train mode updated as PyTorch does, with
@@ -216,17 +213,12 @@ def max_pool(x):
         return dx
     return y, back
 
-def avg_pool(x):
-    """2x2 mean.   x (N, H, W, C) -> y (N, H/2, W/2, C)."""
-    return sum(_quarters(x)) / 4, lambda dy: upsample(dy / 4)[0]
-
 def upsample(x):
     """Nearest-neighbour upsampling by 2.   x (N, H, W, C) -> y (N, 2H, 2W, C)."""
     return x.repeat(2, 1).repeat(2, 2), lambda dy: sum(_quarters(dy))
 
 def shortcut_a(x, channels):
     """Parameter-free shortcut: every second pixel, zero channels on both sides (He et al. 2016, A).
-
     x (N, H, W, C) -> y (N, ceil(H/2), ceil(W/2), channels).
     """
     C = x.shape[3]
@@ -277,7 +269,6 @@ def normalise(x, mean, std):
 
 def augment(x, offsets, flips, pad=4):
     """Crop out of a zero-padded image, then mirror left-right.   x (N, H, W, C) -> y as x.
-
     offsets (N, 2): row and column of the crop, integers in 0 .. 2 pad; flips (N,): booleans.
     """
     N, H, W, C = x.shape
@@ -319,7 +310,6 @@ class Neuron:
 
 def lif(current, T, v_th=1.0, amplitude=1.0, neuron=Neuron(), spike=None):
     """Leaky integrate-and-fire over T steps: Eq. (1) forward, Eq. (2) backward through time.
-
     current (T*N, ...) -> z (T*N, ...) of values 0 and amplitude. v_th > 0, amplitude: numbers.
     spike: x = (u - V)/V -> s, called once a step: the Heaviside step unless a check replaces it.
     back: dz -> dcurrent. Keeps the membrane before reset and the spikes.
@@ -373,7 +363,6 @@ class Output(NamedTuple):
 def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, amplitude=1.0,
                     first=False, shortcut=None, train=False, tap=None, need="xp"):
     """z = activation(batch_norm(a) + shortcut).   first: a is (N, ...) and drives all T steps.
-
     Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut.
     """
     if fast(a) and fast_can(activation, T, first, shortcut):
@@ -467,7 +456,6 @@ def _network(body, last, params, x, activation, T, train=False, tap=None, need="
 
 def resnet(params, x, activation=relu, T=1, **mode):
     """A ResNet of basic blocks (He et al. 2016), its shape read off the names in params.
-
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
     a loss on the input a of a batch norm, see there; measure, to fill rates and costs.
@@ -512,7 +500,6 @@ def _one_hot(labels, n, classes, dtype):
 
 def generator(params, z, labels=None, need="p", activation=leaky_relu):
     """Images from latents: linear, twice (upsample, convolve), convolve, sigmoid.
-
     z (N, Z); labels (N,): integers, where fc has Z + classes columns. Batch norms in train mode.
     Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}.
     """
@@ -593,7 +580,6 @@ def balance(t):
 
 def adversarial(t, s):
     """-mean_b [argmax t = argmax s] KL(softmax t || softmax s), [..] constant, the mean over all B.
-
     t, s (B, K).   back: dloss -> dt, ds.
     """
     expect("s", s, *t.shape)
@@ -608,7 +594,6 @@ def adversarial(t, s):
 
 def rca(f_t, f_s):
     """Relational consistency: mean over pairs i != j of (cos(f_t,i, f_t,j) - cos(f_s,i, f_s,j))^2.
-
     f_t (B, D), f_s (B, D'), B >= 2.   back: dloss -> df_t, df_s.   Ours, after arXiv 2605.27409.
     """
     B = len(f_t)
@@ -668,7 +653,6 @@ class Tail:
 
 def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", eps=1e-5):
     """Tail-aware regularisation of a layer: mean_ck d(e_ck, pi_k)^2 / (pi_k (1 - pi_k)).
-
     a (..., C): input of a batch norm of the teacher with weight gamma, running mean and var, (C,).
     e_ck: mean soft exceedance of kappa_k by h, the normalised a, positive towards firing; h = 0
     where gamma = 0. d = e - pi; side "at-least": max(0, pi - e).   pi: a number for each kappa.
@@ -707,7 +691,6 @@ class Weights:
 
 def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tail=Tail()):
     """How good images are for distillation, and the gradient on them: for any source of images.
-
     x (B, H, W, 3) in [0, 1], not normalised. teacher, student: Net, run in eval mode on x as the
     teacher normalises it; no student needed where weights.adv = weights.rca = 0. labels: as in
     class_prior. Returns (parts, dtotal/dx): parts has the loss of each field of Weights, not
@@ -1323,7 +1306,6 @@ def evaluate(net, x, y, batch=256):
 
 def calibrate(teacher, x, quantile):
     """Thresholds {<layer>.v_th: V} and amplitudes A = V: a quantile of each layer's activations.
-
     x: uint8 images. Every seventh activation is looked at.
     """
     layers, seen = [k for k in batch_norms(teacher.params) if "shortcut" not in k], []
@@ -1352,7 +1334,6 @@ def total_variation(x):
 
 def synthesise(c, params, state, rng, teacher, student, weights, size):
     """One epoch of synthesis: yields (images on the device, parts of Eq. (9)) for each batch.
-
     generator: a batch from each of the steps. pixels: one batch x = sigmoid(v) after all the steps.
     """
     tail = Tail(c.tail_law, side=c.tail_side)
@@ -1393,7 +1374,6 @@ def first_student(c, rng, teacher, arch, images):
 
 def distil(c, teacher, arch, size, folder, say):
     """STARS: teacher Net -> (student Net, agreement on held-out synthetic images, pool of images).
-
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
     8-bit images lies in pool.bin; a sixteenth of each batch is held out. say(epoch, numbers).
     """
@@ -1536,7 +1516,6 @@ def draw(folder, pool):
 
 def bench(c):
     """Time a step of each kind, method stars, random weights and images. Returns the JSON object.
-
     Medians in seconds. gflops: of the distillation step, 2 for a multiply-accumulate. peak_mib:
     growth of the resident memory (Linux).
     """
@@ -1893,18 +1872,17 @@ def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
 def _im2col(w, stride, need):
     (K, C, R, S), P, Q = w.shape, w.shape[2] // 2, w.shape[3] // 2
     flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
-    def zeros(n, H, W, _):  # images with their padding, and without
+    def zeros(n, H, W, _):  # images with a padding of zeros, their windows (n, h, v, R, S, C)
         padded = scratch("padded", (n, H + 2 * P, W + 2 * Q, C), w.dtype)
         padded[...] = 0
-        return padded, padded[:, P:P + H, Q:Q + W]
-    def windows(padded):  # view (n, h, v, R, S, C)
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
-        return view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
+        windows = view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
+        return padded[:, P:P + H, Q:Q + W], windows
     def columns(x):
-        padded, inner = zeros(*x.shape)
+        inner, windows = zeros(*x.shape)
         inner[...] = x
-        result = scratch("columns", windows(padded).shape, w.dtype)
-        result[...] = windows(padded)
+        result = scratch("columns", windows.shape, w.dtype)
+        result[...] = windows
         return result.reshape(-1, R * S * C)
     def forward(x, y):
         np.matmul(columns(x), flat, out=y.reshape(-1, K))
@@ -1912,11 +1890,10 @@ def _im2col(w, stride, need):
         d = dy.reshape(-1, K)
         dw = columns(x).T @ d if "p" in need else None
         if dx is not None:
-            dpadded, inner = zeros(*dx.shape)
-            view = windows(dpadded)
+            inner, windows = zeros(*dx.shape)
             dcolumns = np.matmul(d, flat.T, out=scratch("columns", (len(d), len(flat)), w.dtype))
             for r, s in np.ndindex(R, S):
-                view[:, :, :, r, s] += dcolumns.reshape(view.shape)[:, :, :, r, s]
+                windows[:, :, :, r, s] += dcolumns.reshape(windows.shape)[:, :, :, r, s]
             dx[...] = inner
         return dw
     return forward, backward, lambda dw: dw.reshape(R, S, C, K).transpose(3, 2, 0, 1)
