@@ -237,11 +237,6 @@ def log_softmax(x):
     y = y - xp.log(xp.exp(y).sum(1, keepdims=True))
     return y, lambda dy: dy - xp.exp(y) * dy.sum(1, keepdims=True)
 
-def softmax(x):
-    """y_k = exp x_k / sum_j exp x_j.   x (N, K).   back: dy -> dx. Keeps y."""
-    y = xp.exp(log_softmax(x)[0])
-    return y, lambda dy: y * (dy - (dy * y).sum(1, keepdims=True))
-
 def cosine_matrix(f):
     """y_ij = f_i . f_j / (|f_i| |f_j|), 0 with zero gradient where a norm is 0.   f (B, D)."""
     expect("f", f, None, None)
@@ -571,11 +566,12 @@ def class_prior(t, labels=None):
 
 def balance(t):
     """sum_c p_c log p_c, p = mean_b softmax t (B, K).   back: dloss -> dt."""
-    q, softmax_back = softmax(t)
+    log_q, log_back = log_softmax(t)
+    q = xp.exp(log_q)
     p = q.mean(0)
     log_p = xp.log(xp.maximum(p, xp.finfo(p.dtype).tiny))
     def back(dloss=1.0):
-        return softmax_back(xp.broadcast_to((log_p + 1) * (dloss / len(t)), t.shape))
+        return log_back(q * (log_p + 1) * (dloss / len(t)))
     return (p * log_p).sum(), back  # Eq. (5)
 
 def adversarial(t, s):
