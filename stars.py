@@ -778,31 +778,17 @@ def cosine(step, steps, lr, warm_up=0):
 
 # ---- 7  Data -------------------------------------------------------------------------------------
 
-import argparse, collections, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
-import tarfile, threading, time, urllib.request, zipfile
-from concurrent.futures import ThreadPoolExecutor
+import argparse, collections, contextlib, ctypes, difflib, gzip, hashlib, io, itertools, json, math
+import pathlib, tarfile, threading, time, urllib.request, zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 
 class UserError(Exception):
     """An expected failure: one sentence that says what and how to mend it."""
 
-Dataset = collections.namedtuple("Dataset", "classes size train test mean std")
-DATASETS = {    # image size, number of images; mean and std of the training pixels in [0, 1]
-    "cifar10": Dataset(10, 32, 50000, 10000, (.4914, .4822, .4465), (.2470, .2435, .2616)),
-    "cifar100": Dataset(100, 32, 50000, 10000, (.5071, .4865, .4409), (.2673, .2564, .2762)),
-    "tiny-imagenet": Dataset(200, 64, 100000, 10000, (.4802, .4481, .3975), (.2770, .2691, .2821)),
-    "shapes": Dataset(10, 32, 10000, 2000, (.5, .5, .5), (.29, .29, .29))}
-DOWNLOADS = {   # URL, MD5, file name, most bytes to accept
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-                "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-binary.tar.gz", 180_000_000),
-    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-                 "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary.tar.gz", 180_000_000),
-    "tiny-imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-                      "90528d7ca1a48142e341f4ef8d21d0de", "tiny-imagenet-200.zip", 260_000_000)}
-FOLDERS = {     # folder in the archive; what it must hold for the training set, for the test set
-    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{k}.bin" for k in range(1, 6)],
-                ["test_batch.bin"]),
-    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"]),
-    "tiny-imagenet": ("tiny-imagenet-200", ["wnids.txt", "train"], ["val/val_annotations.txt"])}
+def nearest(name, known):
+    """" (did you mean cifar10?)" with the known name that is most like it, "" where none is."""
+    like = difflib.get_close_matches(name.lower(), known, 1)
+    return f" (did you mean {like[0]}?)" if like else ""
 
 @contextlib.contextmanager
 def reading(source, mend):
@@ -812,18 +798,38 @@ def reading(source, mend):
     except UserError:
         raise
     except Exception as error:
-        why = " ".join((getattr(error, "strerror", 0) or f"{type(error).__name__} {error}").split())
-        raise UserError(f"{source} cannot be read ({why[:90]}): {mend}") from error
+        why = getattr(error, "strerror", 0) or f"{type(error).__name__} {error}"
+        why = "".join(filter(str.isprintable, why.removeprefix("ValueError ")))[:200]
+        raise UserError(f"{source} cannot be read ({why}): {mend}") from error
+
+KRIZ = "https://www.cs.toronto.edu/~kriz/"
+Dataset = collections.namedtuple("Dataset", "classes size train test mean std url md5 folder "
+                                 "train_files test_files", defaults=(None,) * 5)
+DATASETS = {  # numbers of classes, rows, images; mean and std of training pixels in [0, 1]; archive
+    "cifar10": Dataset(10, 32, 50000, 10000, (.4914, .4822, .4465), (.2470, .2435, .2616),
+        KRIZ + "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin",
+        [f"data_batch_{k}.bin" for k in range(1, 6)], ["test_batch.bin"]),
+    "cifar100": Dataset(100, 32, 50000, 10000, (.5071, .4865, .4409), (.2673, .2564, .2762),
+        KRIZ + "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary",
+        ["train.bin"], ["test.bin"]),
+    "tiny-imagenet": Dataset(200, 64, 100000, 10000, (.4802, .4481, .3975), (.2770, .2691, .2821),
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
+        "tiny-imagenet-200", ["val", "train"], ["val"]),
+    "shapes": Dataset(10, 32, 10000, 2000, (.5, .5, .5), (.29, .29, .29))}
+DOWNLOADS = {name: (known.url, known.md5, os.path.basename(known.url), 260_000_000)
+             for name, known in DATASETS.items() if known.url}  # the last: most bytes to accept
 
 def find_dataset(name, split, data_dir):
     """Path of a data set's "train" or "test" split; None if absent. UserError: unknown name."""
     if name == "shapes" or name.endswith(".npz") and os.path.isfile(name):
         return name
-    if name not in FOLDERS:
-        raise UserError(f"no data set '{name}': use {', '.join(DATASETS)} or an existing FILE.npz")
-    (folder, *parts), archive = FOLDERS[name], os.path.join(data_dir, DOWNLOADS[name][2])
-    if all(os.path.exists(os.path.join(data_dir, folder, p)) for p in parts[split == "test"]):
-        return os.path.join(data_dir, folder)
+    if name not in DATASETS:
+        raise UserError(f"no data set '{name}'{nearest(name, DATASETS)}: use {', '.join(DATASETS)} "
+                        "or an existing FILE.npz")
+    known, archive = DATASETS[name], os.path.join(data_dir, DOWNLOADS[name][2])
+    folder, parts = os.path.join(data_dir, known.folder), getattr(known, split + "_files")
+    if all(os.path.exists(os.path.join(folder, part)) for part in parts):
+        return folder
     return archive if os.path.isfile(archive) else None
 
 def load_dataset(name, split, data_dir, classes=None):
@@ -831,16 +837,16 @@ def load_dataset(name, split, data_dir, classes=None):
     name: one of DATASETS, or an .npz of x_<split> uint8 (N,32,32,3) or (N,64,64,3) and y_<split>
     (N,), below classes if given. UserError: absent, damaged, not what it should be."""
     source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
-    if source is None:
-        raise UserError(f"{name} is not in {data_dir}: put {DOWNLOADS[name][2]} there, packed or "
-                        f"extracted (from {DOWNLOADS[name][0]}), or add --download")
     if name == "shapes":
         return draw_shapes(getattr(known, split), seed=split == "test")
+    if source is None:
+        raise UserError(f"{name} is not in {data_dir}: put {DOWNLOADS[name][2]} there, packed or "
+                        f"extracted (from {known.url}), or add --download")
     with reading(source, "delete it and add --download" if known else
                  f"it should hold uint8 images x_{split} (N,32,32,3) and labels y_{split} (N,)"):
         if known:
-            x, y = (_load_tiny if known.size == 64 else _load_cifar)(name, split, source)
-            n, size, classes = getattr(known, split), known.size, known.classes
+            (classes, size), n = known[:2], getattr(known, split)
+            x, y = (_load_tiny if size == 64 else _load_cifar)(known, split, _reader(known, source))
         else:
             x, y = read_npz(source, [f"x_{split}", f"y_{split}"], limit=2**31).values()
             n, size, classes = len(x), 64 if x.shape[1:2] == (64,) else 32, classes or 2**15
@@ -849,53 +855,44 @@ def load_dataset(name, split, data_dir, classes=None):
                 f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape} of {classes}")
     return x, y.astype(np.int64)
 
-def _opener(source, folder):
-    """open(name) -> a file of an extracted folder, a .zip or a .tar.gz, without extracting it."""
+def _reader(known, source):
+    """read(name, most): the first bytes of a file in the extracted folder or published archive."""
     if os.path.isdir(source):
-        return lambda name: open(os.path.join(source, name), "rb")
+        return lambda name, most: np.fromfile(f"{source}/{name}", np.uint8, most).tobytes()
+    data = pathlib.Path(source).read_bytes() if os.path.getsize(source) <= 260_000_000 else b""
+    require(hashlib.md5(data, usedforsecurity=False).hexdigest() == known.md5,
+            "it is not the file that was published")  # so what is in it needs no suspicion
     if source.endswith(".zip"):
-        archive = open_zip(source)
-        return lambda name: archive.open(f"{folder}/{name}")
-    with gzip.open(source) as file:
-        whole = io.BytesIO(file.read(2**28))  # bounded: no header can ask for more
-    archive, files = tarfile.open(fileobj=whole, mode="r:"), {}
-    for member in archive:
-        require(member.size >= 0 and member.name not in files,  # < 0 would send tarfile in circles
-                f"{member.name} is there twice or has a negative size")
-        files[member.name] = member
-    return lambda name: archive.extractfile(files[f"{folder}/{name}"])
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        return lambda name, most: archive.read(f"{known.folder}/{name}")
+    archive = tarfile.open(fileobj=io.BytesIO(gzip.decompress(data)))
+    return lambda name, most: archive.extractfile(f"{known.folder}/{name}").read()
 
-def _load_cifar(name, split, source):
+def _load_cifar(known, split, read):
     """Records of 1 label byte (CIFAR-100: 2, coarse and fine) and 3 planes of 32x32 bytes."""
-    parts, opened = FOLDERS[name][1 + (split == "test")], _opener(source, FOLDERS[name][0])
-    head, data = 1 + (name == "cifar100"), b""
-    size = getattr(DATASETS[name], split) // len(parts) * (head + 3072)
-    for k, part in enumerate(parts, 1):
-        with opened(part) as file:
-            data += file.read(size + 1)
-        require(len(data) == k * size, f"{part} does not have {size} bytes")
-    data = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
-    return data[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), data[:, head - 1]
+    parts, record = getattr(known, split + "_files"), 3073 + (known.classes == 100)
+    size = getattr(known, split) // len(parts) * record
+    data = [read(part, size + 1) for part in parts]
+    require({*map(len, data)} == {size}, f"each of {', '.join(parts)} must have {size} bytes")
+    data = np.frombuffer(b"".join(data), np.uint8).reshape(-1, record)
+    x, y = data[:, -3072:].reshape(-1, 3, 32, 32), data[:, -3073]
+    return x.transpose(0, 2, 3, 1).copy(), y
 
-def _load_tiny(name, split, source):
+def _load_tiny(known, split, read):
     """64x64 JPEGs; the classes are the WordNet ids in alphabetical order. Needs pillow."""
     with reading("JPEG images", "pip install pillow"):
         from PIL import Image
-    opened = _opener(source, FOLDERS[name][0])
-    with opened("val/val_annotations.txt") as file:
-        text = file.read(10**6).decode("latin1")
-    files = {f"val/images/{image}": c for image, c in
-             re.findall(r"^(val_[0-9]+\.JPEG)\t(n[0-9]{8})\t", text, re.M)}
-    ids = sorted(set(files.values()))
-    require(len(ids) == DATASETS[name].classes, f"val_annotations.txt has {len(ids)} classes")
+    lines = re.findall(r"^(val_[0-9]+\.JPEG)\t(n[0-9]{8})\t",
+                       read("val/val_annotations.txt", 10**6).decode("latin1"), re.M)
+    files, ids = {f"val/images/{name}": c for name, c in lines}, sorted({c for _, c in lines})
+    require(len(ids) == known.classes, f"val_annotations.txt has {len(ids)} classes")
     if split == "train":
-        each = range(DATASETS[name].train // len(ids))
-        files = {f"train/{c}/images/{c}_{k}.JPEG": c for c in ids for k in each}
+        files = {f"train/{c}/images/{c}_{k}.JPEG": c
+                 for c in ids for k in range(known.train // len(ids))}
     x = np.empty((len(files), 64, 64, 3), np.uint8)
-    for k, inner in enumerate(files):
-        with opened(inner) as file:
-            image = Image.open(io.BytesIO(file.read(10**5)), formats=["JPEG"])
-        require(image.size == (64, 64), f"{inner} is not 64x64")
+    for k, name in enumerate(files):
+        image = Image.open(io.BytesIO(read(name, 10**5)), formats=["JPEG"])
+        require(image.size == (64, 64), f"{name} is not 64x64")
         x[k] = image.convert("RGB")
     return x, np.array([ids.index(c) for c in files.values()])
 
@@ -929,30 +926,28 @@ def draw_shapes(n, seed):
 
 def download(url, md5, path, limit, progress=None, timeout=5., patience=30.):
     """Fetches url to path, which appears there only when it is whole and has the right MD5.
-    progress(bytes so far, bytes announced or 0). timeout: seconds to connect; patience: seconds
+    progress(bytes so far, bytes announced or 0). timeout: seconds to an answer; patience: seconds
     without a byte, or below 1 kB/s. UserError: no answer, slow, cut, over limit, other bytes."""
-    mend = f"try again later, or put a good copy at {path} yourself"
-    def fetch(file):
-        digest, done, block = hashlib.md5(usedforsecurity=False), 0, b"-"
-        until = time.monotonic() + timeout + patience
-        with reading(url, mend):
-            answer = urllib.request.urlopen(url, timeout=timeout)
-            total = int(answer.headers.get("Content-Length", 0))
-            with contextlib.suppress(AttributeError):   # connected: from here on be patient
-                answer.fp.raw._sock.settimeout(patience)
-        with answer:
-            while block and max(done, total) <= limit and time.monotonic() < until + done / 1e3:
-                with reading(url, mend):
-                    block = answer.read1(1 << 16)
-                digest.update(block)
-                file.write(block)
-                done += len(block)
+    answered, data = Future(), bytearray()
+    def ask():  # in a thread: neither the look-up of a name nor a slow header has a time limit
+        try:
+            answered.set_result(urllib.request.urlopen(url, timeout=patience))
+        except Exception as error:
+            answered.set_exception(error)
+    threading.Thread(target=ask, daemon=True).start()
+    with reading(url, f"try again later, or put a good copy at {path} yourself"):
+        with answered.result(timeout) as answer:
+            total, until = int(answer.headers.get("Content-Length", 0)), time.monotonic() + patience
+            for block in iter(lambda: answer.read1(1 << 16), b""):
+                data += block
                 if progress:
-                    progress(done, total)
-        if digest.hexdigest() != md5:
-            raise UserError(f"{url} gave {done} of {total or 'unknown'} bytes (limit {limit}) with "
-                            f"MD5 {digest.hexdigest()}, which should be {md5}: {mend}")
-    write_atomic(path, fetch)
+                    progress(len(data), total)
+                require(max(len(data), total) <= limit and
+                        time.monotonic() < until + len(data) / 1e3,
+                        f"{len(data)} of {total or 'unknown'} bytes: over {limit} or too slow")
+        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        require(found == md5, f"{len(data)} of {total or 'unknown'} bytes, whose MD5 is {found}")
+    write_atomic(path, data)
 
 # ---- 8  Weights and files ------------------------------------------------------------------------
 
@@ -967,27 +962,26 @@ def weight_shapes(arch, classes, width=None, projection=None):
     require(arch in ARCHITECTURES, f"arch must be one of {', '.join(ARCHITECTURES)}, not {arch!r}")
     stages, default = ARCHITECTURES[arch]
     width, projection = width or default, len(stages) == 4 if projection is None else projection
-    shapes, c = {}, 3
+    blocks, shapes = [stage for stage, n in enumerate(stages) for _ in range(n)], {}
     def add(conv, norm, k, c, size=3):
         shapes[conv + ".weight"] = (k, c, size, size)
         for part in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{norm}.{part}"] = (k,)
         return k
     if arch.startswith("vgg"):
-        n, last = 0, "classifier"
-        for stage, convs in enumerate(stages):
-            for n in range(n, n + 3 * convs, 3):
-                c = add(f"features.{n}", f"features.{n + 1}", width * min(2 ** stage, 8), c)
-            n += 4  # after convolution, norm, activation and pool
+        c, last = 3, "classifier"
+        for i, stage in enumerate(blocks):
+            n = 3 * i + stage  # there are convolution, norm and activation, and a pool a stage
+            c = add(f"features.{n}", f"features.{n + 1}", width * min(2 ** stage, 8), c)
     else:
-        c, last = add("conv1", "bn1", width, c), "linear"
-        for stage, blocks in enumerate(stages):
-            for name in (f"layer{stage + 1}.{i}" for i in range(blocks)):
-                k = add(name + ".conv1", name + ".bn1", width * 2 ** stage, c)
-                add(name + ".conv2", name + ".bn2", k, k)
-                if c != k and projection:
-                    add(name + ".shortcut.0", name + ".shortcut.1", k, c, 1)
-                c = k
+        c, last = add("conv1", "bn1", width, 3), "linear"
+        for i, stage in enumerate(blocks):
+            name, k = f"layer{stage + 1}.{i - blocks.index(stage)}", width * 2 ** stage
+            add(name + ".conv1", name + ".bn1", k, c)
+            add(name + ".conv2", name + ".bn2", k, k)
+            if c != k and projection:
+                add(name + ".shortcut.0", name + ".shortcut.1", k, c, 1)
+            c = k
     return shapes | {last + ".weight": (classes, c), last + ".bias": (classes,)}
 
 def generator_shapes(size=32, width=128, z_dim=256, classes=0):
@@ -1016,12 +1010,12 @@ def init_weights(shapes, rng, dtype=np.float32):
 
 def write_atomic(path, content):
     """Writes bytes, or what content(file) writes: all of it or nothing. UserError: disk full ..."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}-{os.urandom(4).hex()}.tmp")
+    path = os.path.abspath(path)
+    temporary = f"{path}-{os.urandom(4).hex()}.tmp"
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1036,25 +1030,14 @@ def to_json(value):
     """JSON text of value, keys sorted; NumPy and CuPy scalars and arrays become numbers, lists."""
     return json.dumps(value, sort_keys=True, allow_nan=False, default=lambda array: array.tolist())
 
-def check_shipped(path):
-    """SHA-256 of a file; UserError unless the SHA256SUMS beside it lists it with that."""
-    path = pathlib.Path(path)
-    with reading(path, "take it and SHA256SUMS from the repository again"):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines = path.with_name("SHA256SUMS").read_text().splitlines()
-        require(dict(line.split()[::-1] for line in lines).get(path.name) == digest,
-                "its SHA-256 is not the one in SHA256SUMS")
-    return digest
-
 def rounded(params):
     """params as files hold them, on the host: float16 from two axes on, float32 below."""
-    stored = {}
-    for name, array in params.items():
-        array = np.array(to_host(array), np.float32, order="C")
+    stored = {k: np.array(to_host(a), np.float32, order="C") for k, a in params.items()}
+    for name, array in stored.items():
         if not np.isfinite(array).all():
             raise UserError(f"{name} is not finite and was not saved: lower the learning rate")
-        half = array.ndim > 1 and abs(array).max(initial=0) < 65504
-        stored[name] = array.astype(np.float16 if half else np.float32)
+        if array.ndim > 1 and abs(array).max(initial=0) < 65504:
+            stored[name] = array.astype(np.float16)
     return stored
 
 def save_weights(path, params, info):
@@ -1063,25 +1046,21 @@ def save_weights(path, params, info):
     arrays = sorted((rounded(params) | {"info": np.array(to_json(info))}).items())
     write_atomic(path, lambda file: np.savez(file, **dict(arrays)))
 
-def open_zip(path):
-    """A zip without double names, nor bzip2 or lzma, which Python expands without bound."""
-    archive = zipfile.ZipFile(path)
-    packed = {entry.filename: entry.compress_type for entry in archive.infolist()}
-    require(len(packed) == len(archive.infolist()) and set(packed.values()) <= {0, 8},
-            "it has an entry twice, or one neither stored nor deflated")
-    return archive
-
-def read_npz(path, names=None, limit=2**30):
+def read_npz(path, names=None, limit=2**29):
     """The arrays of an .npz, or those in names: numbers, but text for 'info'; read-only.
-    No pickle; nothing is read before its sizes agree and stay below limit bytes. Else UserError."""
+    No pickle; nothing is read before its sizes agree and stay below limit bytes, so that memory
+    stays below limit and 20 times the file. Else UserError."""
     arrays, formats = {}, np.lib.format
     mend = "it should be an .npz of plain arrays (for PyTorch checkpoints see the README)"
-    with reading(path, mend), open_zip(path) as archive:
+    with reading(path, mend), zipfile.ZipFile(path) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        require(len(entries) == len(archive.infolist()), "it has an entry twice")
         entries = {name: entries[name] for name in names or entries}
         require(sum(entry.file_size for entry in entries.values()) <= limit,
                 f"it expands to more than {limit >> 20} MiB")
         for name, entry in entries.items():
+            require(entry.compress_type in (0, 8),  # Python expands bzip2 and lzma without bound
+                    f"{name} is neither stored nor deflated")
             with archive.open(entry) as file:
                 version = formats.read_magic(file)  # 2 and 3 are for structured arrays
                 shape, fortran, dtype = formats.read_array_header_1_0(file)
@@ -1097,46 +1076,44 @@ def load_weights(path, arch=None, classes=None):
     """Reads a network: params (our name -> float32 array) and info (arch, classes, ...).
     path: an .npz, ours or from a public checkpoint, or a .safetensors. UserError: not readable, not
     finite, no arch in the file nor given, a given one that disagrees. Then call check_weights."""
-    if os.fspath(path).endswith(".safetensors"):
-        with reading(path, "write it again, or pip install safetensors"):
-            from safetensors import safe_open
+    with reading(path, "take another file, or see the README on checkpoints"):
+        if os.fspath(path).endswith(".safetensors"):
+            with reading(path, "write it again, or pip install safetensors"):
+                from safetensors import safe_open
             with safe_open(path, "np") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}
-                text = (file.metadata() or {}).get("info", "{}")
-    else:
-        text = str((weights := read_npz(path)).pop("info", "{}"))
-    with reading(path, "its entry 'info' should be a JSON object"):
-        info, params = dict(json.loads(text)), {}
-    for name, array in public_names(weights, path).items():
-        with np.errstate(over="ignore"):
-            params[name] = array = np.asarray(array, np.float32)
-        if not np.isfinite(array).all() or "running_var" in name and array.min(initial=0) < 0:
-            raise UserError(f"{path}: {name} is not finite or a negative variance; export it again")
-    rows = np.shape(params.get("linear.weight", params.get("classifier.weight", 0)))
-    for key, value in ("classes", rows[0] if rows else None), ("classes", classes), ("arch", arch):
-        if value is not None and info.setdefault(key, value) != value:
-            raise UserError(f"{path} has {key} {info[key]}, not {value}: leave that flag out, or "
-                            "take another file")
-    if "classes" not in info:
-        raise UserError(f"{path} has no linear.weight or classifier.weight that tells its classes: "
-                        "a network with one linear layer is needed")
-    if not isinstance(info.get("arch"), str):
-        raise UserError(f"{path} does not say what network it is: add --arch, say --arch resnet20")
+                weights["info"] = (file.metadata() or {}).get("info", "{}")
+        else:
+            weights = read_npz(path)
+        with reading(path, "its entry 'info' should be a JSON object"):
+            info, params = dict(json.loads(str(weights.pop("info", "{}")))), {}
+        for name, array in public_names(weights).items():
+            require(array.dtype.kind == "f", f"{name} is {array.dtype}")
+            with np.errstate(over="ignore"):
+                params[name] = array = np.asarray(array, np.float32)
+            require(np.isfinite(array).all(), f"{name} is not finite")
+            require("running_var" not in name or array.min(initial=0) >= 0, f"{name} is negative")
+        rows = len(params.get("linear.weight", params.get("classifier.weight", ())))
+        for key, value in ("classes", rows), ("classes", classes), ("arch", arch):
+            require(not value or info.setdefault(key, value) == value,
+                    f"its {key} is {info.get(key)}, not {value}")
+        require("classes" in info, "no linear.weight or classifier.weight tells its classes: one "
+                "linear layer is needed")
+        require(isinstance(info.get("arch"), str), "it does not say what network it is: add --arch")
     return params, info
 
-def public_names(weights, path="the file"):
+def public_names(weights):
     """Our names for those of public checkpoints; VGG's conv biases go into the BN's running mean.
     Off go num_batches_tracked, and the prefixes state_dict., model., module. where every name has
-    them; in ResNets fc is linear, downsample is shortcut. UserError: two names become one."""
-    params, old = {}, weights.items()
-    weights = {n: a for n, a in old if not n.endswith("num_batches_tracked")}
-    while {n.split(".")[0] for n in weights} in ({"state_dict"}, {"model"}, {"module"}):
-        weights = {n.partition(".")[2]: a for n, a in weights.items()}
+    them; in ResNets fc is linear, downsample is shortcut. ValueError: two names become one."""
+    weights = {n: a for n, a in weights.items() if not n.endswith("num_batches_tracked")}
+    prefix = re.match(r"((state_dict|model|module)\.)*", os.path.commonprefix([*weights]))[0]
+    params, residual = {}, any(n.startswith(prefix + "layer1.") for n in weights)
     for name, array in weights.items():
-        if any(n.startswith("layer1.") for n in weights):       # a ResNet
+        name = name[len(prefix):]
+        if residual:
             name = re.sub(r"^fc\.", "linear.", name).replace(".downsample.", ".shortcut.")
-        if name in params:
-            raise UserError(f"{path} has {name} under two names: remove one")
+        require(name not in params, f"{name} is there under two names")
         params[name] = array
     for name in [n for n in params if re.fullmatch(r"features\.\d{1,4}\.bias", n)]:
         conv, mean = name[:-4] + "weight", f"features.{int(name[9:-5]) + 1}.running_mean"
@@ -1146,11 +1123,12 @@ def public_names(weights, path="the file"):
 
 def check_weights(params, expected, path="the file"):
     """params in the order of expected (name -> shape); UserError lists all that does not fit."""
-    wrong = [f"no {n}" for n in expected if n not in params] + [
-        f"{n} {a.shape}, not {tuple(expected[n])}" if n in expected else f"unknown {n}"
-        for n, a in params.items() if n not in expected or a.shape != tuple(expected[n])]
+    there = {name: array.shape for name, array in params.items()}
+    wrong = [f"{name} {there.get(name, 'is missing')}, not {expected.get(name, 'known')}"
+             for name in sorted(expected | there, key=(expected.keys() & there).__contains__)
+             if there.get(name) != expected.get(name)]
     if wrong:
-        wrong[8:] = [f"{len(wrong) - 8} more"] if len(wrong) > 8 else []
+        wrong[8:] = [f"{len(wrong) - 8} more"] * (len(wrong) > 8)
         raise UserError(f"{path} does not fit ({'; '.join(wrong)}): check --arch and the data set")
     return {name: params[name] for name in expected}
 
@@ -1589,7 +1567,6 @@ def shipped(c):
     names = sorted(path.name for path in pathlib.Path(folder).glob("*-teacher.npz"))
     for name in names:
         if name.startswith(f"{c.dataset}-{c.arch}"):
-            check_shipped(os.path.join(folder, name))
             return os.path.join(folder, name)
     raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are {', '.join(names)}):"
                     f" give --teacher FILE, or python stars.py teacher --dataset {c.dataset}")
