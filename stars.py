@@ -786,7 +786,7 @@ class UserError(Exception):
     """An expected failure: one sentence that says what and how to mend it."""
 
 def nearest(name, known):
-    """" (did you mean cifar10?)" with the known name that is most like it, "" where none is."""
+    """The hint " (did you mean cifar10?)" with the known name most like this one, or ""."""
     like = difflib.get_close_matches(name.lower(), known, 1)
     return f" (did you mean {like[0]}?)" if like else ""
 
@@ -835,7 +835,7 @@ def find_dataset(name, split, data_dir):
 def load_dataset(name, split, data_dir, classes=None):
     """Images and labels of split "train" or "test": x (N,H,W,3) uint8, y (N,) int64.
     name: one of DATASETS, or an .npz of x_<split> uint8 (N,32,32,3) or (N,64,64,3) and y_<split>
-    (N,), below classes if given. UserError: absent, damaged, not what it should be."""
+    (N,), below classes if given, of up to 2 GiB. UserError: absent, damaged, of another form."""
     source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
     if name == "shapes":
         return draw_shapes(getattr(known, split), seed=split == "test")
@@ -905,8 +905,7 @@ def draw_shapes(n, seed):
     size, angle = rng.uniform(7, 12, (n, 1, 1)), rng.uniform(-.4, .4, (n, 1, 1))
     back, figure = rng.uniform(0, 1, (2, n, 1, 1, 3))
     figure, x = (back + .25 + .5 * figure) % 1, np.empty((n, 32, 32, 3), np.uint8)
-    for start in range(0, n, 100):                      # blocks of a size that stays in cache
-        k = slice(start, start + 100)
+    for k in (slice(i, i + 100) for i in range(0, n, 100)):  # blocks of a size that stays in cache
         i, j = grid[:, None] - place[0, k], grid - place[1, k]
         u = (j * np.cos(angle[k]) + i * np.sin(angle[k])) / size[k]      # right, down: turned,
         v = (i * np.cos(angle[k]) - j * np.sin(angle[k])) / size[k]      # in units of the size
@@ -925,7 +924,7 @@ def draw_shapes(n, seed):
     return x, y
 
 def download(url, md5, path, limit, progress=None, timeout=5., patience=30.):
-    """Fetches url to path, which appears there only when it is whole and has the right MD5.
+    """Fetches url into memory, and writes path once it is whole and has the right MD5.
     progress(bytes so far, bytes announced or 0). timeout: seconds to an answer; patience: seconds
     without a byte, or below 1 kB/s. UserError: no answer, slow, cut, over limit, other bytes."""
     answered, data = Future(), bytearray()
@@ -1048,8 +1047,7 @@ def save_weights(path, params, info):
 
 def read_npz(path, names=None, limit=2**29):
     """The arrays of an .npz, or those in names: numbers, but text for 'info'; read-only.
-    No pickle; nothing is read before its sizes agree and stay below limit bytes, so that memory
-    stays below limit and 20 times the file. Else UserError."""
+    No pickle; memory stays below limit bytes and 20 times the file. UserError: not that."""
     arrays, formats = {}, np.lib.format
     mend = "it should be an .npz of plain arrays (for PyTorch checkpoints see the README)"
     with reading(path, mend), zipfile.ZipFile(path) as archive:
@@ -1062,21 +1060,20 @@ def read_npz(path, names=None, limit=2**29):
             require(entry.compress_type in (0, 8),  # Python expands bzip2 and lzma without bound
                     f"{name} is neither stored nor deflated")
             with archive.open(entry) as file:
-                version = formats.read_magic(file)  # 2 and 3 are for structured arrays
-                shape, fortran, dtype = formats.read_array_header_1_0(file)
-                size = math.prod(shape) * dtype.itemsize
-                require(version == (1, 0) and dtype.kind in ("U" if name == "info" else "fiub")
-                        and min(shape, default=0) >= 0 and size == entry.file_size - file.tell(),
-                        f"{name} is {dtype} {shape} in {entry.file_size} bytes")
-                array = np.frombuffer(file.read(), dtype)
+                formats.read_magic(file)
+                shape, fortran, dtype = formats.read_array_header_1_0(file)  # 2 is of structures
+                require(dtype.kind in ("U" if name == "info" else "fiub"), f"{name} is {dtype}")
+                array = np.frombuffer(file.read(), dtype)  # raises, as reshape, if sizes disagree
                 arrays[name] = array.reshape(shape, order="F" if fortran else "C")
     return arrays
 
 def load_weights(path, arch=None, classes=None):
     """Reads a network: params (our name -> float32 array) and info (arch, classes, ...).
-    path: an .npz, ours or from a public checkpoint, or a .safetensors. UserError: not readable, not
-    finite, no arch in the file nor given, a given one that disagrees. Then call check_weights."""
+    path: an .npz, ours or from a public checkpoint, or a .safetensors, of up to 512 MiB; memory: 4
+    times that. UserError: not readable, not finite, no arch in the file nor given, a given one that
+    disagrees. Then call check_weights."""
     with reading(path, "take another file, or see the README on checkpoints"):
+        require(os.path.getsize(path) <= 2**29, "it has more than 512 MiB")
         if os.fspath(path).endswith(".safetensors"):
             with reading(path, "write it again, or pip install safetensors"):
                 from safetensors import safe_open
@@ -1094,18 +1091,17 @@ def load_weights(path, arch=None, classes=None):
             require(np.isfinite(array).all(), f"{name} is not finite")
             require("running_var" not in name or array.min(initial=0) >= 0, f"{name} is negative")
         rows = len(params.get("linear.weight", params.get("classifier.weight", ())))
+        require(rows, "one linear layer is needed, as linear.weight or classifier.weight")
         for key, value in ("classes", rows), ("classes", classes), ("arch", arch):
             require(not value or info.setdefault(key, value) == value,
                     f"its {key} is {info.get(key)}, not {value}")
-        require("classes" in info, "no linear.weight or classifier.weight tells its classes: one "
-                "linear layer is needed")
         require(isinstance(info.get("arch"), str), "it does not say what network it is: add --arch")
     return params, info
 
 def public_names(weights):
     """Our names for those of public checkpoints; VGG's conv biases go into the BN's running mean.
     Off go num_batches_tracked, and the prefixes state_dict., model., module. where every name has
-    them; in ResNets fc is linear, downsample is shortcut. ValueError: two names become one."""
+    them; in ResNets fc is linear, downsample is shortcut. ValueError: two become one, no name."""
     weights = {n: a for n, a in weights.items() if not n.endswith("num_batches_tracked")}
     prefix = re.match(r"((state_dict|model|module)\.)*", os.path.commonprefix([*weights]))[0]
     params, residual = {}, any(n.startswith(prefix + "layer1.") for n in weights)
@@ -1113,7 +1109,8 @@ def public_names(weights):
         name = name[len(prefix):]
         if residual:
             name = re.sub(r"^fc\.", "linear.", name).replace(".downsample.", ".shortcut.")
-        require(name not in params, f"{name} is there under two names")
+        require(name not in params and name.isprintable() and len(name) < 200,
+                f"an array has two names, or none to speak of: {name}")
         params[name] = array
     for name in [n for n in params if re.fullmatch(r"features\.\d{1,4}\.bias", n)]:
         conv, mean = name[:-4] + "weight", f"features.{int(name[9:-5]) + 1}.running_mean"
