@@ -1972,7 +1972,7 @@ FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
 def fast_can(activation, T, first, shortcut):
     """Whether fast_norm_activation covers the case."""
     if isinstance(activation, Neuron):
-        return not (first and shortcut is not None)
+        return activation.detach_reset and not (first and shortcut is not None)
     return activation in FAST_SLOPES and T == 1
 
 def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1., amplitude=1.,
@@ -2007,14 +2007,14 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1
         if sc is not None:
             out += sc[t, i:j]
     if lif_layer:
-        lam, hard, detach = activation.lam, activation.reset == "hard", activation.detach_reset
+        lam, hard = activation.lam, activation.reset == "hard"
         surrogate, one_image = SURROGATES[activation.surrogate][1], len(v) < T
         def membranes(i, j, u, z=None):
             """The membranes of neurons i:j at steps t in u[t % len(u)], and z."""
             current = scratch("current", u.shape[1:], dtype)
             for t in range(T):
                 before, now = u[(t - 1) % len(u)], u[t % len(u)]
-                if t == 0 or not one_image or sc is not None:
+                if t == 0 or not one_image:
                     drive(i, j, t, current)
                 if t == 0:
                     np.add(current, lam * activation.v_init * v_th, out=now)
@@ -2035,8 +2035,6 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1
             each = scratch("du", u.shape, dtype) if one_image else dv[:, i:j]
             for t in reversed(range(T)):
                 du = np.multiply(dz[t, i:j], amplitude / v_th, out=each[t])
-                if kept is not None and not detach:
-                    du -= kept * (u[t] / v_th) if hard else kept
                 x = np.multiply(u[t], 1 / v_th, out=scratch("a", du.shape, dtype))
                 x -= 1
                 du *= surrogate(x)
@@ -2097,7 +2095,6 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     C, v, dtype, count = a.shape[-1], a.reshape(len(a), -1), a.dtype, a.size // a.shape[-1]
     levels = [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
     pi = np.asarray(pi, np.float64)[:len(levels), None]
-    require(((pi > 0) & (pi < 1)).all(), f"pi must be numbers between 0 and 1, not {pi.ravel()}")
     slope = np.sign(gamma) / (2 * tail.tau * np.sqrt(np.float64(var) + eps))
     row, chunk = functools.partial(_row, D=v.shape[1], dtype=dtype), images_a_chunk(a, chunk)
     scale, shift = row(slope), row(-slope * mean)
