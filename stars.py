@@ -1069,9 +1069,8 @@ def read_npz(path, names=None, limit=2**29):
 
 def load_weights(path, arch=None, classes=None):
     """Reads a network: params (our name -> float32 array) and info (arch, classes, ...).
-    path: an .npz, ours or from a public checkpoint, or a .safetensors, of up to 512 MiB; memory: 4
-    times that. UserError: not readable, not finite, no arch in the file nor given, a given one that
-    disagrees. Then call check_weights."""
+    path: .npz, ours or of a public checkpoint, or .safetensors; up to 512 MiB, 4 times in memory.
+    UserError: not readable, not finite, no arch or another than given. Then call check_weights."""
     with reading(path, "take another file, or see the README on checkpoints"):
         require(os.path.getsize(path) <= 2**29, "it has more than 512 MiB")
         if os.fspath(path).endswith(".safetensors"):
