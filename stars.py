@@ -432,7 +432,7 @@ def _network(body, last, params, x, activation, T, train=False, tap=None, need="
     run = SimpleNamespace(params=params, activation=activation, T=T, train=train, tap=tap, grads={},
                           need=need, measure=measure, out=Output(None, None, {}, {}, {}, []))
     expect("x", x, None, None, None, 3)
-    backs = []
+    backs = [] if need else collections.deque(maxlen=0)  # which keeps none
     pooled, pool_back = global_average_pool(body(run, backs))
     features, time_back = mean_over_time(pooled, T)
     w, b = params[last + ".weight"], params[last + ".bias"]
@@ -1130,28 +1130,38 @@ def check_weights(params, expected, path="the file"):
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
 
-def flag(default, help, commands="dteb", choices=None):
+import difflib, shlex, shutil, signal
+
+VERSION = 1  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+
+def demand(condition, sentence):
+    """Raise UserError(sentence) unless condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+def flag(default, help, commands="dteb", choices=(), least=None, most=np.inf):
     """A field of Config, and a flag of the commands that begin with the letters in commands."""
-    metadata = dict(help=help, commands=commands, choices=choices)
-    return dataclasses.field(default=default, metadata=metadata)
+    least = int(type(default) is int) if least is None else least
+    return dataclasses.field(default=default, metadata=locals())
 
 METHODS = ("bn", "bn+rca", "bn+tar", "stars")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. The flags are made from it, and each run writes it down."""
+    file: str = flag("", "a saved network, .npz or .safetensors", "e")
     dataset: str = flag("cifar10", f"{', '.join(DATASETS)}, or FILE.npz")
     data_dir: str = flag("data", "folder of the data sets")
     download: bool = flag(False, "fetch the data set where it is missing")
     device: str = flag("auto", "auto: the GPU if one works", choices=("auto", "cpu", "gpu"))
-    seed: int = flag(0, "seed of everything random")
+    seed: int = flag(0, "seed of everything random", least=0)
     out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>")
     json: bool = flag(False, "end stdout with one JSON object")
     quiet: bool = flag(False, "no progress")
     threads: int = flag(0, "worker threads on the CPU; default one for each core")
     teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
-    arch: str = flag("", f"of the ANN: {', '.join(ARCHITECTURES)}")
-    student_arch: str = flag("", "of the SNN; default as --arch", "db")
+    arch: str = flag("", "of the ANN", choices=("", *ARCHITECTURES))
+    student_arch: str = flag("", "of the SNN; default as --arch", "db", ("", *ARCHITECTURES))
     mean: str = flag("", "of the images, as .49,.48,.45, where the file has none", "de")
     std: str = flag("", "likewise", "de")
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb")
@@ -1177,43 +1187,40 @@ class Config:
     w_tv: float = flag(0.0, "weight of the total variation, pixels only", "d")
     tail_law: str = flag(Tail.law, f"target of Eq. (8): {', '.join(TAIL_LAWS)}, or numbers", "d")
     tail_side: str = flag(Tail.side, "of the target of Eq. (8)", "d", ("two-sided", "at-least"))
-    tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d")
-    lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for the teacher's", "dt")
+    tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d", least=1e-3)
+    lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for a teacher's", "dt", least=1e-9)
     weight_decay: float = flag(5e-4, "of the network that is trained", "dt")
-    lr_generator: float = flag(2e-3, "of Adam; for pixels 25 times that", "d")
+    lr_generator: float = flag(2e-3, "of Adam; for pixels 25 times that", "d", least=1e-9)
     generator_width: int = flag(64, "channels of the generator", "db")
     z_dim: int = flag(256, "size of the generator's latents", "db")
-    lam: float = flag(-1.0, "leak; default 1 from the teacher, 0.5 random", "d")
+    lam: float = flag(-1.0, "leak; default 1 from the teacher, 0.5 random", "d", most=1)
     reset: str = flag("", "default soft from the teacher, hard random", "d", ("", "hard", "soft"))
     v_init: float = flag(-1.0, "u_0 / V; default 0.5 from the teacher, 0 random", "d")
     surrogate: str = flag(Neuron.surrogate, "of Eq. (2)", "d", tuple(SURROGATES))
-    quantile: float = flag(0.99, "of a layer's activations in the teacher that becomes V", "d")
+    quantile: float = flag(0.99, "of a layer's activations in the teacher, to be V", "d", most=1)
 
+HERE = {  # settings that change no number of a run
+    "data_dir", "download", "device", "out", "json", "quiet", "threads", "resume"}
 SCHEDULES = {  # epochs, of which warm-up; steps an epoch; batch
     "shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
     "quick": dict(epochs=20, warm_up=5, synthesis_steps=25, distill_steps=80, batch=64),
     "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
+STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
+          "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
 
 def settle(c):
     """c with every "default by ..." replaced by what it stands for."""
     auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
-    schedule, own = c.schedule.replace("auto", auto), c.init == "teacher"
-    values = {k: getattr(c, k) or v for k, v in SCHEDULES[schedule].items()}
-    if c.epochs and not c.warm_up:
+    schedule = c.schedule.replace("auto", auto)
+    values = SCHEDULES[schedule] | STARTS[c.init] | dict(schedule=schedule, T=4)
+    if c.epochs:
         values["warm_up"] = min(values["warm_up"], max(1, c.epochs // 4))
-    if values["batch"] < 2:
-        raise UserError("--batch must be 2 or more: Eq. (7) compares images")
-    if values["warm_up"] >= values["epochs"]:
-        raise UserError(f"--epochs {values['epochs']} leaves none after a warm-up of "
-                        f"{values['warm_up']}: take more epochs")
-    return dataclasses.replace(
-        c, **values, schedule=schedule, T=c.T or 4, lr=c.lr or (0.01 if own else 0.1),
-        reset=c.reset or ("soft" if own else "hard"),
-        lam=c.lam if c.lam >= 0 else 1.0 if own else 0.5,
-        v_init=c.v_init if c.v_init >= 0 else 0.5 if own else 0.0)
-
-def classes_of(params):
-    return len(params["linear.bias" if "linear.bias" in params else "classifier.bias"])
+    c = dataclasses.replace(c, **{k: v for k, v in values.items()
+                                  if getattr(c, k) == getattr(Config, k)})
+    demand(c.warm_up < c.epochs, f"--epochs {c.epochs} leaves none after a warm-up of {c.warm_up}: "
+           "take more epochs")
+    demand(c.batch > 1, "--batch must be 2 or more: Eq. (7) compares images")
+    return c
 
 def draw_augmentation(rng, n, pad=4):
     """Random (offsets, flips) for n images, from a numpy Generator."""
@@ -1227,23 +1234,24 @@ def synthesis_step(params, state, z, labels, augmentation, teacher, student, wei
     adam(params, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
     return images, parts
 
-def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
-    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> loss"""
-    normal = normalise(x, teacher.mean, teacher.std)[0]
-    t = forward(teacher, normal, need="")[0]
-    s, back = forward(student, normal, train=True, need="p")
-    loss, loss_back = distillation_loss(t.logits, s.logits, tau)
-    sgd(student.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
-    student.params.update(s.running)
-    return loss
-
-def train_step(net, state, x, y, lr, weight_decay):
-    """One SGD step of an ANN on labels y (N,), in place. x: images in [0, 1].   -> loss"""
-    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
-    loss, loss_back = class_prior(out.logits, y)
+def descend(net, state, normal, criterion, lr, weight_decay):
+    """One SGD step of net in train mode, in place; criterion: logits -> (loss, back).   -> loss"""
+    out, back = forward(net, normal, train=True, need="p")
+    loss, loss_back = criterion(out.logits)
     sgd(net.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
     net.params.update(out.running)
     return loss
+
+def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
+    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> loss"""
+    normal = normalise(x, teacher.mean, teacher.std)[0]
+    t = forward(teacher, normal, need="")[0].logits
+    return descend(student, state, normal, lambda s: distillation_loss(t, s, tau), lr, weight_decay)
+
+def train_step(net, state, x, y, lr, weight_decay):
+    """One SGD step of an ANN on labels y (N,), in place. x: images in [0, 1].   -> loss"""
+    normal = normalise(x, net.mean, net.std)[0]
+    return descend(net, state, normal, lambda t: class_prior(t, y), lr, weight_decay)
 
 def to_device(x):
     """uint8 images on the host -> float32 images in [0, 1] on the device."""
@@ -1254,14 +1262,6 @@ def predict(net, x, batch=256, measure=False):
     outputs = [forward(net, normalise(to_device(x[i:i + batch]), net.mean, net.std)[0], need="",
                        measure=measure)[0] for i in range(0, len(x), batch)]
     return np.concatenate([to_host(out.logits) for out in outputs]), outputs
-
-def accuracy(net, x, y):
-    """Share of uint8 images x whose class is y."""
-    return float((predict(net, x)[0].argmax(1) == y).mean())
-
-def agreement(teacher, student, x):
-    """Share of uint8 images x on which the student's class is the teacher's."""
-    return accuracy(student, x, predict(teacher, x)[0].argmax(1))
 
 def evaluate(net, x, y, batch=256):
     """Accuracy and, for a spiking net, firing rates and Eq. (11), as means over uint8 images x."""
@@ -1274,39 +1274,41 @@ def evaluate(net, x, y, batch=256):
                 firing_rate=float(np.mean(list(rates.values()))) if spiking else None,
                 energy_uj=float(joules * 1e6) if spiking else None, ann_energy_uj=float(ann * 1e6))
 
-def calibrate(teacher, x, quantile):
-    """Thresholds {<layer>.v_th: V} and amplitudes A = V: a quantile of each layer's activations.
-    x: uint8 images. Every seventh activation is looked at.
-    """
-    layers, seen = [k for k in batch_norms(teacher.params) if "shortcut" not in k], []
-
+def first_student(c, rng, teacher, arch, x):
+    """The student before its first step. --init teacher: the weights that fit, and V = A, for each
+    layer a quantile of the teacher's activations on uint8 images x (every seventh is looked at)."""
+    classes = len(teacher.params.get("linear.bias", teacher.params.get("classifier.bias")))
+    params, found = init_weights(weight_shapes(arch, classes), rng), []
     def record(a):
         y = relu(a)
-        seen.append(float(np.quantile(to_host(y[0]).ravel()[::7], quantile)))
+        found.append(max(1e-3, float(np.quantile(to_host(y[0]).ravel()[::7], c.quantile))))
         return y
-    forward(teacher._replace(activation=record), normalise(to_device(x), teacher.mean,
-                                                           teacher.std)[0], need="")
-    return {f"{layer}.{part}": max(v, 1e-3) for layer, v in zip(layers, seen)
-            for part in ("v_th", "amplitude")}
+    if c.init == "teacher":
+        predict(teacher._replace(activation=record), x, len(x))
+        params |= {k: v.copy() for k, v in teacher.params.items()
+                   if k in params and v.shape == params[k].shape}
+        layers = [k for k in batch_norms(teacher.params) if "shortcut" not in k]
+        params |= {f"{layer}.{part}": V for layer, V in zip(layers, found)
+                   if layer + ".weight" in params for part in ("v_th", "amplitude")}
+    return params
 
 def total_variation(x):
     """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
-    gaps = x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
-
+    def pairs(x):
+        return (x[:, :-1], x[:, 1:]), (x[:, :, :-1], x[:, :, 1:])
     def back(dloss=1.0):
-        dx, (down, right) = xp.zeros_like(x), (gap * (2 * dloss / x.size) for gap in gaps)
-        dx[:, :-1] -= down
-        dx[:, 1:] += down
-        dx[:, :, :-1] -= right
-        dx[:, :, 1:] += right
+        dx = xp.zeros_like(x)
+        for (a, b), (da, db) in zip(pairs(x), pairs(dx)):
+            gap = (b - a) * (2 * dloss / x.size)
+            da -= gap
+            db += gap
         return dx
-    return sum((gap ** 2).sum() for gap in gaps) / x.size, back
+    return sum(((b - a) ** 2).sum() for a, b in pairs(x)) / x.size, back
 
-def synthesise(c, params, state, rng, teacher, student, weights, size):
+def synthesise(c, params, state, rng, teacher, student, weights, tail, size):
     """One epoch of synthesis: yields (images on the device, parts of Eq. (9)) for each batch.
     generator: a batch from each of the steps. pixels: one batch x = sigmoid(v) after all the steps.
     """
-    tail = Tail(c.tail_law, side=c.tail_side)
     pixels = {"v": xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)}
     pixel_state = {}
     for step in range(c.synthesis_steps):
@@ -1322,8 +1324,8 @@ def synthesise(c, params, state, rng, teacher, student, weights, size):
         parts["tv"], tv_back = total_variation(images)
         dv = images_back(augment_back(dx) + tv_back(c.w_tv))
         adam(pixels, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
-        if step == c.synthesis_steps - 1:
-            yield sigmoid(pixels["v"])[0], parts
+    if c.synthesis == "pixels":
+        yield sigmoid(pixels["v"])[0], parts
 
 def gradient_norms(x, teacher, student, weights, tail):
     """{"grad_<term>": norm of dL/dx} of each term of Eq. (9) in use, at weight 1."""
@@ -1332,179 +1334,225 @@ def gradient_norms(x, teacher, student, weights, tail):
         x, teacher, student, dataclasses.replace(none, **{k: 1.0}), None, tail)[1] ** 2).sum()))
         for k, weight in dataclasses.asdict(weights).items() if weight}
 
-def first_student(c, rng, teacher, arch, images):
-    """The student before its first step; images: what --init teacher takes the thresholds from."""
-    params = init_weights(weight_shapes(arch, classes_of(teacher.params)), rng)
-    if c.init == "teacher":
-        params |= {k: v.copy() for k, v in teacher.params.items()
-                   if k in params and v.shape == params[k].shape}
-        params |= {k: v for k, v in calibrate(teacher, images, c.quantile).items()
-                   if k.rpartition(".")[0] + ".weight" in params}
-    return params
+def symptoms(teacher, x, rates):
+    """Sentences on a collapsed generator, by its images x (N, H, W, 3), and on silent layers."""
+    out, _ = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")
+    counts = np.bincount(to_host(out.logits).argmax(1))
+    signs = {f"no neuron of {layer} ever fires": rate == 0 for layer, rate in rates.items()}
+    signs |= {f"nearly all synthetic images are class {counts.argmax()}": max(counts) > .9 * len(x),
+              "the synthetic images are all the same": x.std(0).mean() < 1 / 255,
+              "the synthetic images have no content": x.std((1, 2)).mean() < 1 / 255}
+    return [sentence for sentence, seen in signs.items() if seen]
 
-def distil(c, teacher, arch, size, folder, say):
-    """STARS: teacher Net -> (student Net, agreement on held-out synthetic images, pool of images).
+def pool_size(c, size):
+    """Batches that an epoch adds to pool.bin, and their bytes."""
+    batches = 1 if c.synthesis == "pixels" else c.synthesis_steps
+    return batches, batches * c.batch * size * size * 3
+
+def distil(c, teacher, arch, size, folder, cost):
+    """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
+
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
-    8-bit images lies in pool.bin; a sixteenth of each batch is held out. say(epoch, numbers).
+    8-bit images lies in pool.bin; a sixteenth of each batch is held out, to measure agreement.
     """
     rng, held = np.random.default_rng(c.seed), max(1, c.batch // 16)
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * (c.method in ("bn+rca", "stars")),
                    c.w_tar * (c.method in ("bn+tar", "stars")))
+    tail, (batches, pool_bytes) = Tail(c.tail_law, side=c.tail_side), pool_size(c, size)
     groups = dict(generator=init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng),
                   adam={}, student={}, sgd={})
-    checkpoint, path = os.path.join(folder, "checkpoint.npz"), os.path.join(folder, "pool.bin")
-    start = load_checkpoint(checkpoint, groups, rng) if os.path.exists(checkpoint) else 0
     student = teacher._replace(params=groups["student"], T=c.T,
                                activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
-    batches = 1 if c.synthesis == "pixels" else c.synthesis_steps
-    with open(path, "ab") as file:  # what was added after the checkpoint goes
-        file.truncate(start * batches * c.batch * size * size * 3)
-    steps = (c.epochs - c.warm_up) * c.distill_steps
-    for epoch in range(start, c.epochs):
-        warm, sums, losses, began = epoch < c.warm_up, {}, [], time.monotonic()
+    path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
+    def pool(epochs):
+        with reading(path, "start a new run"):
+            return np.memmap(path, np.uint8, "r", shape=(epochs * batches, c.batch, size, size, 3))
+    def agreement(images):  # evaluate(student), its accuracy the share that are the teacher's class
+        x = images[:, :held].reshape(-1, size, size, 3)[-2048:]
+        return evaluate(student, x, predict(teacher, x, c.batch)[0].argmax(1), c.batch)
+    def plan(epoch):
+        return ({"warm-up": batches} if epoch < c.warm_up else
+                {"synthesis": batches, "distillation": c.distill_steps})
+    def work(epoch, tick):
+        warm, rates = epoch < c.warm_up, {}
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
-        with open(path, "ab") as file:
+        with open(path, "ab") as file:  # what an unfinished epoch added goes
+            file.truncate(min(file.tell(), epoch * pool_bytes))
             for x, parts in synthesise(c, groups["generator"], groups["adam"], rng, teacher,
-                                       student, weights, size):
+                                       student, weights, tail, size):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
-                sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
-        numbers = {k: float(v) / batches for k, v in sums.items()}
-        numbers |= gradient_norms(x[:32], teacher, student, weights,
-                                  Tail(c.tail_law, side=c.tail_side))
-        pool = np.memmap(path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
+                tick("warm-up" if warm else "synthesis", parts)
+            file.flush()
+            os.fsync(file.fileno())
+        numbers, images = gradient_norms(x[:32], teacher, student, weights, tail), pool(epoch + 1)
         if epoch == c.warm_up - 1:
-            groups["student"].update(first_student(c, rng, teacher, arch, pool[-1]))
+            groups["student"].update(first_student(c, rng, teacher, arch, images[-1]))
         for step in range(0 if warm else c.distill_steps):
-            x = pool[rng.integers(len(pool), size=c.batch), rng.integers(held, c.batch, c.batch)]
-            x, _ = augment(to_device(x), *draw_augmentation(rng, c.batch))
+            i = rng.integers(len(images), size=c.batch), rng.integers(held, c.batch, c.batch)
+            crops, _ = augment(to_device(images[i]), *draw_augmentation(rng, c.batch))
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
-            losses.append(distillation_step(student, groups["sgd"], x, teacher, c.tau_kd, lr,
-                                            c.weight_decay))
+            tick("distillation", dict(kd=distillation_step(
+                student, groups["sgd"], crops, teacher, c.tau_kd, lr, c.weight_decay)))
         if not warm:
-            numbers["kd"] = float(sum(losses)) / len(losses)
-            numbers["agreement"] = agreement(teacher, student,
-                                             pool[-32:, :held].reshape(-1, size, size, 3))
-        check_finite(numbers, epoch, folder)
-        seen = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
-        save_checkpoint(checkpoint, groups, rng, epoch + 1)
-        say(epoch + 1, numbers | dict(images_seen=seen, seconds=time.monotonic() - began))
-    pool = np.memmap(path, np.uint8, "r").reshape(-1, c.batch, size, size, 3)
-    out = pool[:, :held].reshape(-1, size, size, 3)[-2048:]
-    return student, agreement(teacher, student, out), pool
+            found = agreement(images[-32:])
+            rates, numbers["agreement"] = found["firing_rates"], found["accuracy"]
+        numbers["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
+        return numbers, symptoms(teacher, x, rates)
+    rows = each_epoch(c, folder, groups, rng, teacher.params, plan, work, cost)
+    return student, agreement(pool(c.epochs))["accuracy"], pool(c.epochs), rows
 
-def train(c, net, x, y, folder, say):
+def train(c, net, x, y, folder):
     """Train an ANN in place on uint8 images x (N, H, W, 3), labels y (N,): SGD, crop and flip."""
     rng, groups = np.random.default_rng(c.seed + 1), dict(net=net.params, sgd={})
-    checkpoint, steps = os.path.join(folder, "checkpoint.npz"), len(x) // c.batch
-    start = load_checkpoint(checkpoint, groups, rng) if os.path.exists(checkpoint) else 0
-    for epoch in range(start, c.epochs):
-        order, losses, began = rng.permutation(len(x)), [], time.monotonic()
+    steps = len(x) // c.batch
+    def work(epoch, tick):
+        order = rng.permutation(len(x))
         for step in range(steps):
             i = order[step * c.batch:(step + 1) * c.batch]
             images, _ = augment(to_device(x[i]), *draw_augmentation(rng, c.batch))
             lr = cosine(epoch * steps + step, c.epochs * steps, c.lr, min(steps, 400))
-            losses.append(train_step(net, groups["sgd"], images, y[i], lr, c.weight_decay))
-        numbers = dict(loss=float(sum(losses)) / steps)
-        check_finite(numbers, epoch, folder)
-        save_checkpoint(checkpoint, groups, rng, epoch + 1)
-        say(epoch + 1, numbers | dict(seconds=time.monotonic() - began))
+            loss = train_step(net, groups["sgd"], images, y[i], lr, c.weight_decay)
+            tick("training", dict(loss=loss))
+        return {}, []
+    each_epoch(c, folder, groups, rng, dict(x=x, y=y), lambda epoch: dict(training=steps), work,
+               dict(training=1))
 
-def check_finite(numbers, epoch, folder):
-    for name, value in numbers.items():
-        if not np.isfinite(value):
-            raise UserError(f"{name} became {value} in epoch {epoch + 1}: start again with a "
-                            f"smaller --lr; the state before that epoch is in {folder}")
+def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
+    """Run work(epoch, tick) -> numbers, warnings for each epoch that the checkpoint lacks.
 
-def save_checkpoint(path, groups, rng, epoch):
+    groups {group: {name: array}}, rng: all that an epoch changes; inputs {name: array}: what the
+    run is made from. plan(epoch): {kind: steps}, work calls tick(kind, {name: loss}) after each;
+    cost {kind: of a step, in any unit}, to tell the time left.   -> the lines of metrics.jsonl
+    """
+    path = os.path.join(folder, "checkpoint.npz")
+    digest = hashlib.sha256(b"".join(to_host(v).tobytes() for v in inputs.values())).hexdigest()
+    settings = {k: v for k, v in dataclasses.asdict(c).items() if k not in HERE}
+    settings |= dict(version=VERSION, inputs=digest)
+    rows = load_checkpoint(path, groups, rng, settings)
+    start = last = time.monotonic()
+    shown, done, total = 0, 0, sum(cost[kind] * n for epoch in range(len(rows), c.epochs)
+                                   for kind, n in plan(epoch).items())
+    def left():
+        return duration((total - done) / done * (time.monotonic() - start)) + " left"
+    def tick(kind, losses):
+        nonlocal done, last, shown
+        now = time.monotonic()
+        done, last, spent[kind] = done + cost[kind], now, spent[kind] + now - last
+        for name, loss in losses.items():
+            history[name].append(loss)
+        if now > max(shown + 0.5, start + 2):  # seldom, as a GPU must finish its work for it
+            step, steps = len(history[name]), plan(epoch)[kind]
+            check_finite(history, epoch, path)
+            tell(c, f"epoch {epoch + 1}/{c.epochs}  {kind} {step} of {steps}, "
+                    f"{spent[kind] / step:.2g} s each, {left()}", passing=shown > 0)
+            shown = now
+    for epoch in range(len(rows), c.epochs):
+        began, history, spent = last, collections.defaultdict(list), collections.Counter()
+        numbers, warnings = work(epoch, tick)
+        sums = {f"{group}/{k}": v.sum() for group in groups for k, v in groups[group].items()
+                if np.ndim(v)}
+        check_finite(history | {k: [v] for k, v in (numbers | sums).items()}, epoch, path)
+        numbers |= {k: float(sum(v)) / len(v) for k, v in history.items()}
+        for warning in {*warnings} - {*(rows[-1]["warnings"] if rows else ())}:
+            tell(dataclasses.replace(c, quiet=False), f"warning: {warning}")
+        last = time.monotonic()
+        took = last - began
+        rows.append(dict(epoch=epoch + 1, **numbers, warnings=warnings, seconds=took))
+        lines = "".join(to_json(row) + "\n" for row in rows)
+        write_atomic(os.path.join(folder, "metrics.jsonl"), lines.encode())
+        save_checkpoint(path, groups, rng, settings, rows)
+        losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items() if "grad" not in k)
+        tell(c, f"epoch {epoch + 1}/{c.epochs}  {losses}  ({took:.0f} s, {left()})")
+    return rows
+
+def check_finite(history, epoch, path):
+    """UserError on the first value of {name: values of an epoch's steps} that is not finite."""
+    for name, values in history.items():
+        if not np.isfinite(float(sum(values))):
+            step = next((i for i, v in enumerate(values) if not np.isfinite(float(v))), -1)
+            raise UserError(
+                f"{name} became {float(values[step])} in epoch {epoch + 1}, step {step + 1}: start "
+                f"again with a smaller --lr; {path} holds the state after epoch {epoch}")
+
+def save_checkpoint(path, groups, rng, settings, rows):
     """Everything that the next epochs depend on but the pool: exactly, and all or nothing."""
-    arrays = {f"{group}/{k}": to_host(v) for group, values in groups.items()
-              for k, v in values.items()}
-    info = np.array(to_json(dict(epoch=epoch, rng=rng.bit_generator.state)))
-    write_atomic(path, lambda file: np.savez(file, **arrays, info=info))
+    arrays = {f"{group}/{k}": to_host(v) for group in groups for k, v in groups[group].items()}
+    info = to_json(dict(settings=settings, rows=rows, rng=rng.bit_generator.state))
+    write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
 
-def load_checkpoint(path, groups, rng):
-    """Fill groups and rng in place.   -> the number of epochs done"""
+def load_checkpoint(path, groups, rng, settings):
+    """Fill groups and rng in place.   -> the metrics of the epochs done"""
+    if not os.path.exists(path):
+        return []
     arrays = read_npz(path, limit=2 ** 34)
-    info = json.loads(str(arrays.pop("info")))
-    for k, v in arrays.items():
-        group, _, name = k.partition("/")
-        groups[group][name] = xp.array(v) if v.ndim else v.item()
-    rng.bit_generator.state = info["rng"]
-    return info["epoch"]
+    with reading(path, "start a new run"):
+        info = json.loads(str(arrays.pop("info")))
+        same_run(path, info["settings"], settings)
+        for k, v in arrays.items():
+            group, _, name = k.partition("/")
+            groups[group][name] = xp.array(v) if v.ndim else v.item()
+        rng.bit_generator.state = info["rng"]
+    return info["rows"]
 
+def same_run(path, was, now):
+    """UserError that lists what differs, unless all settings in now are so in was."""
+    differ = [f"{k} was {was.get(k)}, not {v}" for k, v in now.items() if was.get(k) != v]
+    demand(not differ, f"{path} belongs to another run ({'; '.join(differ)}): leave out what "
+                       "differs, or start a new run")
 
 # ---- 10  Reports ---------------------------------------------------------------------------------
 
-def tell(c, sentence):
-    if not c.quiet:
-        print(sentence, file=sys.stderr, flush=True)
+def tell(c, sentence, passing=False):
+    """A line on stderr, unless --quiet; a passing one, on a terminal, which the next replaces."""
+    terminal = sys.stderr.isatty()
+    if not c.quiet and (terminal or not passing):
+        print("\r\033[K" * terminal + sentence, end="" if passing else "\n", file=sys.stderr,
+              flush=True)
 
 def percent(fraction):
     return "unknown" if fraction is None else f"{100 * fraction:.2f} %"
 
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl."""
-    path = os.path.join(folder, "metrics.jsonl")
-    with reading(path, "remove it"):
-        if not os.path.exists(path):
-            return []
-        with open(path) as file:
-            return [json.loads(line) for line in file]
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
-def progress(c, folder):
-    """say(epoch, numbers): a line of metrics.jsonl and, unless quiet, one on stderr."""
-    def say(epoch, numbers):
-        rows = read_metrics(folder)[:epoch - 1] + [dict(epoch=epoch, **numbers)]
-        write_atomic(os.path.join(folder, "metrics.jsonl"),
-                     "".join(to_json(row) + "\n" for row in rows).encode())
-        left = ("the first epoch of distillation tells how long" if epoch <= c.warm_up else
-                f"about {numbers['seconds'] * (c.epochs - epoch) / 60:.0f} min left")
-        losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items()
-                           if k != "seconds" and "grad" not in k)
-        tell(c, f"epoch {epoch}/{c.epochs}  {losses}  ({numbers['seconds']:.0f} s, {left})")
-    return say
-
-def draw(folder, pool):
+def draw(folder, pool, rows):
     """synthetic.png, curves.png of a run; nothing where matplotlib is not installed."""
     with contextlib.suppress(ImportError):
         import matplotlib.image
         from matplotlib.figure import Figure
-        size, images = pool.shape[2], pool.reshape(-1, *pool.shape[2:])[-128:]
+        images = pool.reshape(-1, *pool.shape[2:])[-128:]
         columns = min(16, len(images))
-        grid = images[len(images) % columns:].reshape(-1, columns, size, size, 3)
-        grid = grid.transpose(0, 2, 1, 3, 4).reshape(-1, columns * size, 3)
-        grid = grid.repeat(2, 0).repeat(2, 1)
-        write_atomic(os.path.join(folder, "synthetic.png"),
-                     lambda file: matplotlib.image.imsave(file, grid, format="png"))
-        rows = read_metrics(folder)
-        names = [k for k in rows[-1] if k not in ("epoch", "seconds", "images_seen")]
+        grid = np.vstack([np.hstack(images[i:i + columns])
+                          for i in range(len(images) % columns, len(images), columns)])
+        write_atomic(os.path.join(folder, "synthetic.png"), lambda file: matplotlib.image.imsave(
+            file, grid.repeat(2, 0).repeat(2, 1), format="png"))
+        names = [k for k in rows[-1] if k not in ("epoch", "seconds", "images_seen", "warnings")]
         figure = Figure(figsize=(12, 2.2 * -(-len(names) // 4)), layout="constrained")
         for i, name in enumerate(names):
             axes = figure.add_subplot(-(-len(names) // 4), 4, i + 1, title=name, xlabel="epoch")
             axes.plot(*zip(*((row["epoch"], row[name]) for row in rows if name in row)))
         write_atomic(os.path.join(folder, "curves.png"), lambda file: figure.savefig(file))
 
-def bench(c):
+def run_bench(c):
     """Time a step of each kind, method stars, random weights and images. Returns the JSON object.
     Medians in seconds. gflops: of the distillation step, 2 for a multiply-accumulate. peak_mib:
     growth of the resident memory (Linux).
     """
     rng, arch, B, T = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128, c.T or 4
-    before = resident("VmRSS")
+    before, result, sgd_state, adam_state = resident("VmRSS"), {}, {}, {}
     teacher = Net(init_weights(weight_shapes(arch, 10), rng))
     student = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), T)
     params = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
+    (_, ann_macs), (_, macs) = check_memory(c, B, 32, teacher, student)
     x, crop = xp.asarray(rng.random((B, 32, 32, 3), np.float32)), draw_augmentation(rng, B)
-    z, normal = xp.asarray(rng.normal(0, 1, (B, c.z_dim)), np.float32), normalise(
-        x, teacher.mean, teacher.std)[0]
-    adam_state, sgd_state, result = {}, {}, {}
+    z = xp.asarray(rng.normal(0, 1, (B, c.z_dim)), np.float32)
     for name, job in dict(
             distill_step_s=lambda: distillation_step(student, sgd_state, augment(x, *crop)[0],
                                                      teacher, c.tau_kd, 0.05),
             synthesis_step_s=lambda: synthesis_step(params, adam_state, z, None, crop, teacher,
                                                     student, Weights(), Tail(), 1e-3),
-            teacher_forward_s=lambda: forward(teacher, normal, need=""),
-            student_forward_s=lambda: forward(student, normal, train=True, need="")).items():
+            teacher_forward_s=lambda: forward(teacher, x, need=""),
+            student_forward_s=lambda: forward(student, x, train=True, need="")).items():
         times = []
         for _ in range(9):
             start = time.perf_counter()
@@ -1513,14 +1561,12 @@ def bench(c):
                 xp.cuda.Device().synchronize()
             times.append(time.perf_counter() - start)
         result[name] = float(np.median(times[2:]))
-    macs = [[m for _, m, _ in forward(net, normal[:2], need="", measure=True)[0].costs]
-            for net in (teacher, student)]
-    flops = 2 * B * (sum(macs[0]) + 3 * T * sum(macs[1][1:]) + 2 * macs[1][0])
+    flops = 2 * B * (sum(ann_macs) + T * 3 * sum(macs[1:]) + 2 * macs[0])
     result |= dict(images_per_s=B / result["distill_step_s"],
                    gflops=flops / result["distill_step_s"] / 1e9,
                    peak_mib=(resident("VmHWM") - before) / 1024 if before else None)
     for name, value in result.items():
-        print(f"{name:20} {value:.4g}")
+        print(f"{name:20} {value}" if value is None else f"{name:20} {value:.4g}")
     return result
 
 def resident(key):
@@ -1529,99 +1575,126 @@ def resident(key):
         return int(re.search(key + r":\s*(\d+)", file.read())[1])
     return 0
 
+def memory_there(root=""):
+    """Bytes this process may take: what the machine has free, less in a container with a limit."""
+    found = [2 ** 60]
+    for path, pattern in (("proc/meminfo", r"MemAvailable: *(\d+) kB"),
+                          ("sys/fs/cgroup/memory.max", r"(\d+)"),
+                          ("sys/fs/cgroup/memory/memory.limit_in_bytes", r"(\d+)")):
+        with contextlib.suppress(OSError, TypeError), open(f"{root}/{path}") as file:
+            found.append(int(re.search(pattern, file.read())[1]) << 10 * ("kB" in pattern))
+    return min(found)
+
+def check_memory(c, batch, size, *nets, training=True):
+    """UserError where the maps, gradients and states of a step take more memory than there is; the
+    last of the nets is trained.   -> for each the (numbers, multiply-adds) of its layers"""
+    layers, need = [], 60 << 20
+    for net in nets:
+        x = xp.zeros((1, size, size, 3), np.float32)
+        costs = forward(net, x, need="", measure=True)[0].costs
+        layers.append(list(zip(*((macs / net.params[name + ".weight"][0].size, macs)
+                                 for name, macs, _ in costs if macs))))
+        maps, weights = layers[-1][0], sum(np.size(v) for v in net.params.values())
+        need += int(4 * batch * net.T * ((2.2 * sum(maps) + 2 * max(maps)) if training else
+                                         1.1 * sum(maps))) + 4 * weights * (5 if net is nets[-1] else 3)
+    if len(nets) > 1:
+        need += 16 * batch * c.generator_width * size * size
+    there = memory_there()
+    demand(xp is not np or need < there, f"--batch {batch} takes about {need >> 20} MiB of memory "
+           f"and {there >> 20} are there: --batch {batch * there // need} may do")
+    return layers
 
 # ---- 11  Command line ----------------------------------------------------------------------------
 
 def load_net(c, path):
     """A saved network as (Net, info), its normalisation from the file, a flag or the data set."""
     params, info = load_weights(path, c.arch or None)
-    known = DATASETS.get(c.dataset)
-    if info.get("dataset", c.dataset) != c.dataset or known and info["classes"] != known.classes:
-        raise UserError(f"{path} knows {info['classes']} classes of "
-                        f"{info.get('dataset', 'its data set')}, not {c.dataset}: name the data "
-                        "set it was trained on with --dataset")
+    known, constants = DATASETS.get(c.dataset), []
+    fits = dict(dataset=c.dataset) | (known._asdict() if known else {})
+    wrong = [f"{k} {info[k]}, not {fits[k]}" for k in ("dataset", "classes", "size")
+             if k in info and info[k] != fits.get(k, info[k])]
+    demand(not wrong, f"{path} has {', '.join(wrong)}: name the data set it was trained on with "
+                      "--dataset")
     width = len(params.get("conv1.weight", params.get("features.0.weight", [0])))
     extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
-    constants = []
     with reading(path, "check --arch, and --mean and --std as .49,.48,.45"):
         expected = weight_shapes(info["arch"], info["classes"], width,
                                  any("shortcut" in k for k in params))
         params = {k: xp.asarray(v) if v.ndim else float(v)
                   for k, v in check_weights(params, expected | extra, path).items()}
-        activation = Neuron(**info["neuron"]) if "neuron" in info else relu
         for part in ("mean", "std"):
             flag = [float(v) for v in getattr(c, part).split(",") if v]
-            require(not flag or flag == list(info.get(part, flag)),
-                    f"it has {part} {info.get(part)}")
+            require(not flag or flag == info.get(part, flag), f"its {part} is {info.get(part)}")
             r, g, b = info.get(part) or flag or getattr(known, part, ())
             constants.append((float(r), float(g), float(b)))
-    return Net(params, activation, int(info.get("T", 1)), *constants), info
+        activation = Neuron(**info["neuron"]) if "neuron" in info else relu
+        return Net(params, activation, int(info.get("T", 1)), *constants), info
 
 def shipped(c):
     """Path of the teacher for c.dataset and c.arch in data/ beside this file."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-    names = sorted(path.name for path in pathlib.Path(folder).glob("*-teacher.npz"))
-    for name in names:
-        if name.startswith(f"{c.dataset}-{c.arch}"):
-            return os.path.join(folder, name)
-    raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are {', '.join(names)}):"
-                    f" give --teacher FILE, or python stars.py teacher --dataset {c.dataset}")
+    paths = sorted(pathlib.Path(__file__).resolve().with_name("data").glob("*-teacher.npz"))
+    for path in paths:
+        if path.name.startswith(f"{c.dataset}-{c.arch}"):
+            return str(path)
+    raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are "
+                    f"{', '.join(path.name for path in paths)}): give --teacher FILE, or first "
+                    f"python stars.py teacher --dataset {c.dataset}")
 
-def data_of(c, split):
+def data_of(c, split, classes=None):
     """(x, y) of c.dataset, fetched first where it is missing and --download was given."""
     if c.download and find_dataset(c.dataset, split, c.data_dir) is None:
         url, md5, name, limit = DOWNLOADS[c.dataset]
         tell(c, f"downloading {url}")
-        def shown(done, total):
-            print(f"\r{done >> 20} of {total >> 20} MiB ", end="", file=sys.stderr)
-        download(url, md5, os.path.join(c.data_dir, name), limit, None if c.quiet else shown)
-        tell(c, "")
-    return load_dataset(c.dataset, split, c.data_dir)
+        download(url, md5, os.path.join(c.data_dir, name), limit, lambda done, total: tell(
+            c, f"{done >> 20} of {total >> 20} MiB", passing=True))
+    return load_dataset(c.dataset, split, c.data_dir, classes)
 
-def test_set(c):
+def test_set(c, classes):
     """The test set, or None and a sentence on stderr: a run does not fail for want of one."""
     try:
-        return data_of(c, "test")
+        return data_of(c, "test", classes)
     except UserError as error:
         tell(c, f"no accuracy can be measured: {error}")
 
-def stem(c):
-    """The data set's name, of a file without folder and ending."""
-    return pathlib.Path(c.dataset).name.removesuffix(".npz")
-
-def new_folder(c, base, command):
-    """The folder of a run: --out, which must not hold one, or base, or base-2, -3 ... if taken."""
+@contextlib.contextmanager
+def run_folder(c, command, name, disk=0):
+    """Gives the folder of a run: --resume; or --out, which must not hold one; or runs/<name>, or
+    with -2, -3 .. if taken. Whatever ends the run then says how to go on with it."""
+    base = f"runs/{name}"
     names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
-    folder = c.out or next(k for k in names if not os.path.exists(k))
-    if os.path.exists(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder} holds another run: choose another --out, or --resume {folder}")
-    settings = dataclasses.asdict(c) | dict(command=command)
-    write_atomic(os.path.join(folder, "config.json"), to_json(settings).encode())
-    return folder
+    folder = c.resume or c.out or next(k for k in names if not os.path.exists(k))
+    again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
+    if not c.resume:
+        path = os.path.join(folder, "config.json")
+        demand(not os.path.exists(path), f"{folder} holds another run: choose another --out, or "
+                                         f"go on with it: {again}")
+        settings = dataclasses.asdict(c) | dict(command=command, version=VERSION)
+        write_atomic(path, to_json(settings).encode())
+    try:
+        free = shutil.disk_usage(folder).free
+        demand(c.resume or disk < free, f"{folder} will take {disk >> 20} MiB and {free >> 20} are "
+                                        f"free: make room, then {again}")
+        yield folder
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; make room, then {again}") from error
 
-def resumed(c, command):
-    """The settings of the run in c.resume. UserError: a flag given besides says something else."""
-    path, here = os.path.join(c.resume, "config.json"), ("json", "quiet", "device", "threads",
-                                                         "download", "resume")
+def resumed(given, command):
+    """The settings of the run in the folder given["resume"], which no other flag may contradict."""
+    path = os.path.join(given["resume"], "config.json")
     with reading(path, "name the folder of a run"), open(path) as file:
-        settings = json.load(file)
-        require(settings.pop("command") == command, f"it is not a run of {command}")
-        old = Config(**settings)
-    for field in dataclasses.fields(Config):
-        given, was = getattr(c, field.name), getattr(old, field.name)
-        if field.name not in here and given not in (field.default, was):
-            raise UserError(f"--{field.name.replace('_', '-')} was {was} in {c.resume}, not {given}"
-                            ": leave it out, or start a new run")
-    return dataclasses.replace(old, **{k: getattr(c, k) for k in here})
+        was = json.load(file)
+        require(was["command"] == command, f"it is a run of {was['command']}, not of {command}")
+        same_run(path, was, dict(version=VERSION) | {k: v for k, v in given.items()
+                                                     if k not in HERE})
+        return Config(**{k: v for k, v in was.items() if k not in ("command", "version")} | given)
 
 def command_of(c, command):
     """The command line that makes the same file again."""
-    here = {"data_dir", "download", "device", "out", "json", "quiet", "threads", "resume"}
-    fields = [f for f in dataclasses.fields(c)
-              if command[0] in f.metadata["commands"] and f.name not in here]
     return f"python stars.py {command} " + " ".join(
-        f"--{f.name.replace('_', '-')} {getattr(c, f.name)}" for f in fields
-        if f.name in ("dataset", "seed") or getattr(c, f.name) != f.default)
+        f"{name} {getattr(c, f.name)}" for name, f in flags_of(command).items()
+        if f.name not in HERE and (f.name in ("dataset", "seed") or getattr(c, f.name) != f.default))
 
 def saved(params):
     """What a file would hold of params, as float32 on the device."""
@@ -1640,137 +1713,162 @@ def run_distil(c):
     return rows[0] if len(rows) == 1 else dict(rows=rows)
 
 def distil_once(c):
-    teacher, info = load_net(c, c.teacher or shipped(c))
-    if teacher.activation is not relu:
-        raise UserError(f"{c.teacher} is a spiking network: the teacher must be an ANN")
-    c = c if c.resume else settle(c)
-    folder = c.resume or new_folder(c, f"runs/{stem(c)}-{c.method}-s{c.seed}", "distill")
-    size = DATASETS[c.dataset].size if c.dataset in DATASETS else info.get("size", 32)
-    arch, began = c.student_arch or info["arch"], time.monotonic()
-    device, path = "cpu" if xp is np else "gpu", os.path.join(folder, "student.npz")
-    tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
-            f"{c.schedule} on the {device}: {c.epochs} epochs, {c.synthesis_steps} synthesis and, "
-            f"after {c.warm_up}, {c.distill_steps} distillation steps of {c.batch}; into {folder}")
-    student, agrees, pool = distil(c, teacher, arch, size, folder, progress(c, folder))
-    student = student._replace(params=saved(student.params))
-    save_weights(path, student.params, dict(
-        arch=arch, classes=info["classes"], T=c.T, neuron=dataclasses.asdict(student.activation),
-        mean=teacher.mean, std=teacher.std, dataset=c.dataset, command=command_of(c, "distill")))
-    draw(folder, pool)
-    row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, agreement=agrees,
-               accuracy=None, teacher_accuracy=info.get("accuracy"), device=device, student=path,
-               seconds=time.monotonic() - began)
-    test = test_set(c)
-    if test:
-        row |= evaluate(student, *test) | dict(teacher_accuracy=accuracy(teacher, *test))
-    write_atomic(os.path.join(folder, "summary.json"), to_json(row).encode())
+    began, source = time.monotonic(), c.teacher or shipped(c)
+    teacher, info = load_net(c, source)
+    demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
+    c, arch, known = settle(c), c.student_arch or info["arch"], DATASETS.get(c.dataset)
+    size, classes = known.size if known else info.get("size", 32), info["classes"]
+    draft = Net(init_weights(weight_shapes(arch, classes), np.random.default_rng(0)), Neuron(), c.T)
+    t, s = (sum(macs) for _, macs in check_memory(c, c.batch, size, teacher, draft))
+    g, s = 7 * (c.generator_width * size) ** 2, s * c.T  # multiply-adds of a pass: forward, back
+    cost = {"warm-up": 2 * t + 3 * g, "synthesis": 2 * t + 2 * s + 3 * g, "distillation": t + 3 * s}
+    row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, accuracy=None,
+               teacher_accuracy=info.get("accuracy"), device="cpu" if xp is np else "gpu")
+    disk = c.epochs * pool_size(c, size)[1]
+    with run_folder(c, "distill", f"{stem(c)}-{c.method}-s{c.seed}", disk) as folder:
+        tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
+                f"{c.schedule} on the {row['device']}: {c.epochs} epochs, {c.synthesis_steps} "
+                f"synthesis and, after {c.warm_up}, {c.distill_steps} distillation steps of "
+                f"{c.batch}; into {folder}")
+        student, row["agreement"], pool, rows = distil(c, teacher, arch, size, folder, cost)
+        student = student._replace(params=saved(student.params))
+        row["student"] = os.path.join(folder, "student.npz")
+        save_weights(row["student"], student.params, dict(
+            arch=arch, classes=classes, T=c.T, neuron=dataclasses.asdict(student.activation),
+            mean=teacher.mean, std=teacher.std, dataset=c.dataset,
+            command=command_of(c, "distill")))
+        draw(folder, pool, rows)
+        row["seconds"] = time.monotonic() - began
+        test = test_set(c, classes)
+        if test:
+            row |= evaluate(student, *test, c.batch)
+            row["teacher_accuracy"] = evaluate(teacher, *test, c.batch)["accuracy"]
+        write_atomic(os.path.join(folder, "summary.json"), to_json(row).encode())
     return row
 
 def run_teacher(c):
     """Train an ANN on real images."""
-    small = c.dataset == "shapes"
-    c = dataclasses.replace(c, arch=c.arch or ("resnet8" if small else "resnet20"), lr=c.lr or 0.1,
-                            batch=c.batch or 128, epochs=c.epochs or (8 if small else 40))
     x, y = data_of(c, "train")
-    c = dataclasses.replace(c, batch=min(c.batch, len(x)))
-    known = DATASETS.get(c.dataset)
+    small, known = c.dataset == "shapes", DATASETS.get(c.dataset)
+    c = dataclasses.replace(c, arch=c.arch or ("resnet8" if small else "resnet20"), lr=c.lr or 0.1,
+                            batch=min(c.batch or 128, len(x)),
+                            epochs=c.epochs or (8 if small else 40))
     classes = known.classes if known else int(y.max()) + 1
     mean, std = (known.mean, known.std) if known else (
         f(x.reshape(-1, 3) / np.float32(255), 0).round(4).tolist() for f in (np.mean, np.std))
     net = Net(init_weights(weight_shapes(c.arch, classes), np.random.default_rng(c.seed)), relu, 1,
               mean, std)
-    folder = c.resume or new_folder(c, f"runs/{stem(c)}-{c.arch}-teacher", "teacher")
-    tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
-    train(c, net, x, y, folder, progress(dataclasses.replace(c, warm_up=0), folder))
-    net = net._replace(params=saved(net.params))
-    test = test_set(c)
-    found = accuracy(net, *test) if test else None
-    path = os.path.join(folder, f"{stem(c)}-{c.arch}-teacher.npz")
-    save_weights(path, net.params, dict(
-        arch=c.arch, classes=classes, size=x.shape[1], mean=mean, std=std, dataset=c.dataset,
-        accuracy=found,
-        command=command_of(c, "teacher")))
+    check_memory(c, c.batch, x.shape[1], net)
+    with run_folder(c, "teacher", f"{stem(c)}-{c.arch}-teacher") as folder:
+        tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
+        train(c, net, x, y, folder)
+        net = net._replace(params=saved(net.params))
+        test = test_set(c, classes)
+        found = evaluate(net, *test, c.batch)["accuracy"] if test else None
+        path = os.path.join(folder, f"{stem(c)}-{c.arch}-teacher.npz")
+        save_weights(path, net.params, dict(
+            arch=c.arch, classes=classes, size=x.shape[1], mean=mean, std=std, dataset=c.dataset,
+            accuracy=found, command=command_of(c, "teacher")))
     print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
     return dict(accuracy=found, teacher=path)
 
-def run_eval(c, path):
+def run_eval(c):
     """Measure a saved network on the test set."""
-    net, _ = load_net(c, path)
-    found = evaluate(net._replace(T=c.T or net.T), *data_of(c, "test"), c.batch or 256)
+    net, info = load_net(c, c.file)
+    demand(net.activation is not relu or not c.T, f"{c.file} is an ANN: leave --T out")
+    net, (x, y) = net._replace(T=c.T or net.T), data_of(c, "test", info["classes"])
+    check_memory(c, c.batch or 256, x.shape[1], net, training=False)
+    found = evaluate(net, x, y, c.batch or 256)
     spiking = "" if found["energy_uj"] is None else (
         f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}")
-    print(f"{path}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy an image "
-          f"{found['ann_energy_uj']:.1f} uJ as an ANN{spiking}")
+    print(f"{c.file}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy an "
+          f"image {found['ann_energy_uj']:.1f} uJ as an ANN{spiking}")
     for layer, rate in found["firing_rates"].items():
         print(f"  {layer:20} {percent(rate)}")
     return found
 
-COMMANDS = {"distill": "teacher -> spiking student, without data (when no command is named)",
-            "teacher": "train an ANN on a data set", "eval": "measure a saved network",
-            "bench": "time the steps"}
+COMMANDS = {"distill": (run_distil, "teacher -> spiking student, without data (the default)"),
+            "teacher": (run_teacher, "train an ANN on a data set"),
+            "eval": (run_eval, "measure a saved network"), "bench": (run_bench, "time the steps")}
+
+def stem(c):
+    """The data set's name, of a file without folder and ending."""
+    return pathlib.Path(c.dataset).name.removesuffix(".npz")
+
+def flags_of(command):
+    """{"--flag": field of Config} of a command; the FILE of eval has no dashes."""
+    fields = [f for f in dataclasses.fields(Config) if command[0] in f.metadata["commands"]]
+    return {"-" * 2 * (f.name != "file") + f.name.replace("_", "-"): f for f in fields}
+
+def near(word, known):
+    """" (did you mean quick?)", or nothing where no known word is like it."""
+    return "".join(f" (did you mean {k}?)" for k in difflib.get_close_matches(word, known, 1))
 
 def parse(argv):
-    """-> command, Config, FILE of eval or None. Exits with code 2 for wrong usage."""
-    command = argv[0] if argv and argv[0] in COMMANDS else "distill"
+    """-> command, {field of Config: value} as given. Exits with code 2 for wrong usage."""
+    command = "distill" if not argv or argv[0].startswith("-") else argv[0]
     parser = argparse.ArgumentParser(
-        prog=f"stars.py {command}", description=COMMANDS[command], allow_abbrev=False,
-        epilog="commands: " + "; ".join(f"{k}: {v}" for k, v in COMMANDS.items()))
-    if command == "eval":
-        parser.add_argument("FILE", help="a saved network, .npz or .safetensors")
-    for field in dataclasses.fields(Config):
-        meta, name = field.metadata, "--" + field.name.replace("_", "-")
-        if command[0] in meta["commands"]:
-            if field.type is bool:
-                parser.add_argument(name, action="store_true", help=meta["help"])
-            else:
-                shown = "" if field.default in ("", 0, -1.0) else f" (default {field.default})"
-                parser.add_argument(name, type=field.type, default=field.default,
-                                    choices=meta["choices"], metavar=field.name.upper(),
-                                    help=", ".join(filter(None, meta["choices"] or ())) +
-                                    "; " * bool(meta["choices"]) + meta["help"] + shown)
-    given = vars(parser.parse_args(argv[argv[:1] == [command]:]))
-    path, c = given.pop("FILE", None), Config(**given)
+        prog="stars.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=f"{command}: " + "; ".join(f"{k}: {v}" for k, (_, v) in COMMANDS.items()))
+    if command not in COMMANDS:
+        parser.error(f"no command {command}{near(command, COMMANDS)}: {', '.join(COMMANDS)}")
+    flags = flags_of(command)
+    for name, f in flags.items():
+        about = ", ".join(filter(None, f.metadata["choices"])), f.metadata["help"], (
+            f"default {f.default}" if f.default not in ("", 0, -1.0) else "")
+        parser.add_argument(name, help="; ".join(filter(None, about)), **(
+            dict(action="store_true") if f.type is bool else
+            dict(type=f.type, metavar=f.name.upper())))
+    given, unknown = parser.parse_known_args(argv[argv[:1] == [command]:])
+    for word in unknown:
+        parser.error(f"{command} has no {word}{near(word.split('=')[0], flags)}")
     try:
-        check(c)
+        check(vars(given), flags)
     except ValueError as error:
         parser.error(str(error))
-    return command, c, path
+    return command, vars(given)
 
-def check(c):
-    """Raise ValueError for settings that cannot be."""
-    for field in dataclasses.fields(Config):
-        name, value = "--" + field.name.replace("_", "-"), getattr(c, field.name)
-        if field.type in (int, float) and field.name not in ("lam", "v_init"):
-            least = field.name in ("seeds", "generator_width", "z_dim")
-            require(least <= value < np.inf, f"{name} must be {int(least)} or more, not {value}")
-    require(c.tau_kd > 0, f"--tau-kd must be positive, not {c.tau_kd}")
-    require(0 < c.quantile < 1, f"--quantile must be between 0 and 1, not {c.quantile}")
-    require(not c.out or c.seeds == 1 and c.method != "all",
-            "--out is the folder of one run: leave it out with --seeds and --method all")
-    Neuron(surrogate=c.surrogate), Tail(c.tail_law, side=c.tail_side)
-    for arch in filter(None, (c.arch, c.student_arch)):
-        weight_shapes(arch, 10)
+def check(given, flags):
+    """Raise ValueError for settings {field of Config: value} that cannot be."""
+    c = Config(**given)
+    for name, f in flags.items():
+        value, known = getattr(c, f.name), f.metadata["choices"]
+        if name == "--dataset" and not (value.endswith(".npz") and os.path.isfile(value)):
+            known = DATASETS
+        require(not known or value in known, f"{name} must be one of "
+                f"{', '.join(filter(None, known))}, not {value!r}{near(str(value), known)}")
+        least, most = f.metadata["least"], f.metadata["most"]
+        require(f.name not in given or f.type not in (int, float) or least <= value <= most,
+                f"{name} must be {least:g} to {most:g}, not {value}")
+    for name, fits, other in (
+            ("--w-tv", c.synthesis == "pixels", "--synthesis pixels"),
+            ("--w-rca", c.method not in ("bn", "bn+tar"), "Eq. (7) in --method"),
+            ("--w-tar", c.method not in ("bn", "bn+rca"), "Eq. (8) in --method"),
+            ("--quantile", c.init == "teacher", "--init teacher"),
+            ("--out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
+        require(fits or name not in flags or flags[name].name not in given, f"{name} needs {other}")
+    Tail(c.tail_law, side=c.tail_side)
 
 def main(argv=None):
     """Run a command.   -> exit code: 0, 1 expected failure, 2 wrong usage, 130 Ctrl-C"""
     global THREADS
-    command, c, path = parse(sys.argv[1:] if argv is None else argv)
+    command, given = parse(sys.argv[1:] if argv is None else argv)
     try:
-        c, THREADS = resumed(c, command) if c.resume else c, c.threads or THREADS
+        c = resumed(given, command) if "resume" in given else Config(**given)
+        THREADS = c.threads or THREADS
         use_device(c.device)
         keep_pages()
-        result = (run_eval(c, path) if command == "eval" else
-                  {"distill": run_distil, "teacher": run_teacher, "bench": bench}[command](c))
-    except (UserError, RuntimeError) as error:
+        result = COMMANDS[command][0](c)
+    except (UserError, RuntimeError, MemoryError) as error:
         print(f"stars.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; --resume FOLDER goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends it at once
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
         return 130
     if c.json:
         print(to_json(result))
     return 0
-
 
 # ---- 12  Fast paths on the CPU: skip on first reading --------------------------------------------
 

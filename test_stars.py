@@ -24,6 +24,9 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -2452,22 +2455,125 @@ def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
 def test_variants_run(folder, capsys, more):
     assert distil(capsys, *more)[0] == 0
 
-def test_a_killed_run_goes_on_to_the_same_student(folder, capsys):
-    more = ("--epochs", "12", "--seed", "3")
-    assert distil(capsys, *more, "--out", "whole")[0] == 0
-    command = [sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher", "teacher.npz",
-               *TINY, *more, "--out", "cut", "--threads", "1"]
-    process = subprocess.Popen(command)
-    metrics = folder / "cut/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+SMALL = ("--epochs", "12", "--seed", "3")  # a run of a second or two, long enough to disturb
+
+def start(*more, **options):
+    """stars.py in a process of its own, on the run of distil()."""
+    return subprocess.Popen([sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher",
+                             "teacher.npz", *TINY, *more], text=True, stderr=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, **options)
+
+def after_epochs(folder, n):
+    """Wait until the run in folder has written n lines of metrics."""
+    until, path = time.monotonic() + 120, folder / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= n):
+        assert time.monotonic() < until
         time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (folder / "cut/student.npz").exists()
-    assert run(capsys, "--resume", "cut", "--quiet")[0] == 0
-    assert digest(folder / "cut/student.npz") == digest(folder / "whole/student.npz")
-    code, _, err = run(capsys, "--resume", "cut", "--seed", "4")
-    assert code == 1 and "--seed was 3" in err
+
+def test_torture_killed_runs_go_on_to_the_same_student(folder, capsys):
+    kills, rng = 50 if "STARS_TORTURE" in os.environ else 3, np.random.default_rng()
+    began = time.monotonic()
+    assert start(*SMALL, "--out", "whole", "--threads", "2").wait() == 0
+    took, same, inside = time.monotonic() - began, 0, 0
+    for k in range(kills):
+        process = start(*SMALL, "--out", f"cut{k}", "--threads", "1")
+        while k % 5 and not (folder / f"cut{k}/config.json").exists():
+            time.sleep(0.01)  # four of five when work has begun
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, took))
+        process.kill()
+        process.wait()
+        inside += (folder / f"cut{k}/config.json").exists() and process.returncode < 0
+        again = ["--resume", f"cut{k}"] if (folder / f"cut{k}/config.json").exists() else [
+            "--dataset", "cifar10", "--teacher", "teacher.npz", *TINY, *SMALL, "--out", f"cut{k}"]
+        assert run(capsys, *again, "--quiet")[0] == 0
+        same += digest(folder / f"cut{k}/student.npz") == digest(folder / "whole/student.npz")
+        assert len((folder / f"cut{k}/metrics.jsonl").read_text().splitlines()) == 12
+    CLOSING.append(f"{kills} kills ({inside} inside a run), {same} identical students")
+    assert same == kills
+
+def test_ctrl_c_ends_with_the_command_that_goes_on(folder, capsys):
+    assert distil(capsys, *SMALL, "--out", "whole")[0] == 0
+    process = start(*SMALL, "--out", "a folder")
+    after_epochs(folder / "a folder", 2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and time.monotonic() - began < 5 and "Traceback" not in err
+    command = shlex.split(err.split("to go on: ")[1].strip())
+    assert command[0] == "python" and command[2:] == ["distill", "--resume", "a folder"]
+    assert subprocess.run([sys.executable, *command[1:]], stdout=subprocess.DEVNULL).returncode == 0
+    assert digest(folder / "a folder/student.npz") == digest(folder / "whole/student.npz")
+
+def test_ctrl_c_twice_ends_at_once(folder, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(stars, "synthesis_step", interrupt)
+    try:
+        code, _, err = distil(capsys, "--out", "cut")
+        assert code == 130 and "--resume cut" in err
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert run(capsys, "--resume", "cut")[0] == 0  # there was no checkpoint yet
+
+@pytest.mark.parametrize("limit, epochs", [(700_000, 7), (400_000, 1), (100_000, 0)])
+def test_a_full_disk_leaves_what_was_there(folder, capsys, limit, epochs):
+    resource = pytest.importorskip("resource", reason="no file size limits here")
+    more = (*SMALL, "--batch", "16")  # 98,304 bytes of images an epoch
+    assert distil(capsys, *more, "--out", "whole")[0] == 0
+    process = start(*more, "--out", "full", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))
+    err = process.communicate()[1]
+    assert process.returncode == 1 and "make room" in err and "Traceback" not in err
+    assert not [name for name in os.listdir("full") if name.endswith(".tmp")]
+    assert ("pool.bin" in err or "--resume full" in err) if epochs == 7 else "checkpoint.npz" in err
+    assert os.path.exists("full/checkpoint.npz") == (epochs > 0)
+    if epochs:
+        rows = json.loads(str(np.load("full/checkpoint.npz")["info"]))["rows"]
+        assert len(rows) == epochs
+    assert run(capsys, "--resume", "full")[0] == 0
+    assert digest(folder / "full/student.npz") == digest(folder / "whole/student.npz")
+
+def test_a_disk_that_is_too_small_is_noticed_before(folder, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1 << 20))
+    code, _, err = distil(capsys, "--epochs", "100", "--out", "a")
+    assert code == 1 and "a will take 4 MiB and 1 are free" in err and "--resume a" in err
+    assert os.listdir("a") == ["config.json"]
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder, capsys, monkeypatch):
+    for name, more in ("a", ["--seed", "1"]), ("b", ["--seed", "2", "--tau-kd", "3"]):
+        assert distil(capsys, *more, "--out", name)[0] == 0
+    code, _, err = run(capsys, "--resume", "a", "--seed", "2")
+    assert code == 1 and "seed was 1, not 2" in err
+    before = digest(folder / "a/student.npz")
+    assert run(capsys, "--resume", "a", "--seed", "1", "--threads", "1")[0] == 0  # says the same
+    own = (folder / "a/checkpoint.npz").read_bytes()
+    (folder / "a/checkpoint.npz").write_bytes((folder / "b/checkpoint.npz").read_bytes())
+    code, _, err = run(capsys, "--resume", "a")
+    assert code == 1 and "seed was 2, not 1; tau_kd was 3.0, not 4.0" in err
+    (folder / "a/checkpoint.npz").write_bytes(own[:-1000])
+    assert run(capsys, "--resume", "a")[0] == 1
+    (folder / "a/checkpoint.npz").write_bytes(own)
+    os.truncate(folder / "a/pool.bin", 100)
+    code, _, err = run(capsys, "--resume", "a")
+    assert code == 1 and "pool.bin" in err and "start a new run" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(stars, "VERSION", 0)
+        code, _, err = run(capsys, "--resume", "b")
+        assert code == 1 and "version was 1, not 0" in err
+    params, info = stars.load_weights("teacher.npz")
+    stars.save_weights("teacher.npz", params | {"linear.bias": np.ones(10, "f4")}, info)
+    code, _, err = run(capsys, "--resume", "b")
+    assert code == 1 and "inputs was" in err and digest(folder / "a/student.npz") == before
+
+def test_another_number_of_threads_gives_the_same_files(folder, capsys, monkeypatch):
+    monkeypatch.setattr(stars, "THREADS", 1)
+    for threads in ("1", "2", "5"):
+        assert distil(capsys, "--out", threads, "--threads", threads, "--batch", "24")[0] == 0
+    assert len({digest(folder / f"{n}/student.npz") for n in "125"}) == 1
 
 def test_a_teacher_is_trained_from_a_file_and_goes_on_where_it_stopped(folder, capsys, monkeypatch):
     rng = np.random.default_rng(0)
@@ -2500,10 +2606,9 @@ def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     assert ours[0] == theirs[0] == 0 and last_json(ours[1]) == last_json(theirs[1])
 
 FAILURES = [  # arguments, what the sentence says
-    (["--dataset", "cifar11"], "cifar11"),
     (["--teacher", "none.npz"], "none.npz"),
     (["--teacher", "teacher.npz", "--arch", "vgg11"], "resnet8"),
-    (["--teacher", "teacher.npz", "--dataset", "cifar100"], "10 classes"),
+    (["--teacher", "teacher.npz", "--dataset", "cifar100"], "classes 10, not 100"),
     (["--teacher", "spiking.npz"], "spiking"),
     (["--teacher", "renamed.npz"], "conv9.weight"),
     (["--teacher", "headless.npz", "--arch", "vgg11"], "linear layer"),
@@ -2514,6 +2619,8 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
     (["--teacher", "teacher.npz", "--batch", "1"], "--batch"),
     (["teacher", "--resume", "full"], "full"),
+    (["eval", "teacher.npz", "--T", "2"], "--T"),
+    (["--teacher", "large.npz"], "size 64, not 32"),
     (["--device", "gpu"], "no usable GPU"),
     (["eval", "teacher.npz"], "cifar10 is not in data"),
     (["teacher", "--dataset", "cifar10"], "cifar10 is not in data")]
@@ -2523,6 +2630,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     monkeypatch.setitem(sys.modules, "cupy", None)
     params, info = stars.load_weights("teacher.npz")
     stars.save_weights("spiking.npz", params, info | dict(neuron=dict(lam=0.5), T=2))
+    stars.save_weights("large.npz", params, info | dict(size=64))
     np.savez("headless.npz", **{"classifier.6.weight": np.ones((2, 2))})
     params["conv9.weight"] = params.pop("conv1.weight")
     stars.save_weights("renamed.npz", params, info)
@@ -2531,20 +2639,131 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     code, _, err = run(capsys, *argv, "--quiet")
     assert code == 1 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
-@pytest.mark.parametrize("argv", [
-    "--T -1", "--out a --seeds 2", "--method bm", "--tail-law fat", "--lr nan", "--arch resnet9",
-    "--seeds 0", "--tau-kd 0", "--quantile 1", "--nothing", "bench --teacher x",
-    "eval"])
-def test_wrong_usage_ends_with_code_2(capsys, argv):
+@pytest.mark.parametrize("argv, sentence", [
+    ("--T 0", "--T must be 1 to inf, not 0"), ("--T -1", "--T must be"), ("--T 1.5", "--T"),
+    ("--batch -3", "--batch must be"), ("--lr nan", "--lr must be"), ("--lr 0", "--lr must be"),
+    ("--seeds 0", "--seeds must be"), ("--tau-kd 0", "--tau-kd must be"), ("--w-bn -1", "--w-bn"),
+    ("--quantile 2", "--quantile must be 0 to 1"), ("--lam 1.1", "--lam must be 0 to 1"),
+    ("--out a --seeds 2", "--out needs"), ("--out a --resume b", "--out needs"),
+    ("--w-tv 1", "--w-tv needs --synthesis pixels"), ("--method bn --w-rca 5", "--w-rca needs"),
+    ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--init random --quantile .9", "--quantile"),
+    ("--method bn_rca", "did you mean bn+rca?"), ("--method star", "did you mean stars?"),
+    ("--tail-law fat", "law must be"), ("--arch resnet-20", "did you mean resnet20?"),
+    ("--student-arch vg11", "did you mean vgg11?"), ("--dataset cifar11", "did you mean cifar10"),
+    ("--dataset none.npz", "--dataset"), ("--device cup", "did you mean cpu?"),
+    ("--btach 64", "did you mean --batch?"), ("--nothing", "--nothing"),
+    ("distil", "did you mean distill?"), ("bench --teacher x", "bench has no --teacher"),
+    ("eval", "FILE"), ("eval a b", "eval has no b")])
+def test_wrong_usage_ends_with_code_2(capsys, argv, sentence):
     with pytest.raises(SystemExit) as end:
         stars.main(argv.split())
-    assert end.value.code == 2 and "error:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and sentence in err.split("error:")[1] and "Traceback" not in err
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys, monkeypatch):
-    monkeypatch.setattr(stars, "distillation_loss", lambda t, s, tau: (
-        np.float32("nan"), lambda: np.zeros_like(s)))
-    code, _, err = distil(capsys)
-    assert code == 1 and "kd became nan in epoch 2" in err
+    steps, whole = itertools.count(1), stars.distillation_loss
+    def third_is_nan(t, s, tau):
+        loss, back = whole(t, s, tau)
+        return loss * (np.nan if next(steps) == 4 else 1), back
+    monkeypatch.setattr(stars, "distillation_loss", third_is_nan)
+    code, _, err = distil(capsys, "--out", "a")
+    assert code == 1 and "kd became nan in epoch 3, step 2: " in err and "a smaller --lr" in err
+    assert "a/checkpoint.npz holds the state after epoch 2" in err
+    assert json.loads(str(np.load("a/checkpoint.npz")["info"]))["rows"][-1]["epoch"] == 2
+
+def test_a_weight_that_is_not_finite_is_not_saved(folder, capsys, monkeypatch):
+    whole = stars.distillation_step
+    def spoil(student, *args):
+        loss = whole(student, *args)
+        student.params["bn1.running_var"][0] = np.inf  # its neurons fall silent, the loss is finite
+        return loss
+    monkeypatch.setattr(stars, "distillation_step", spoil)
+    code, _, err = distil(capsys, "--out", "a")
+    assert code == 1 and "student/bn1.running_var became inf in epoch 2" in err
+    assert np.isfinite(np.load("a/checkpoint.npz")["generator/fc.weight"]).all()
+
+def test_collapse_and_silent_layers_are_noticed(folder, capsys, monkeypatch):
+    teacher, x = stars.Net(stars.load_weights("teacher.npz")[0]), np.random.default_rng(0)
+    x = x.random((64, 32, 32, 3), np.float32)
+    assert stars.symptoms(teacher, x * 0 + .5, {"bn1": .1})[1:] == [
+        "the synthetic images are all the same", "the synthetic images have no content"]
+    assert "no content" not in str(stars.symptoms(teacher, x[:1].repeat(9, 0), {}))
+    assert "the same" not in str(stars.symptoms(teacher, 0 * x + x[:, :1, :1], {}))
+    weights = teacher.params | {"linear.weight": np.eye(10, 16, dtype="f4") * 0,
+                                "linear.bias": np.eye(10, dtype="f4")[7]}
+    assert stars.symptoms(stars.Net(weights), x, {"bn1": 0, "bn2": .1}) == [
+        "no neuron of bn1 ever fires", "nearly all synthetic images are class 7"]
+    whole = stars.first_student
+    monkeypatch.setattr(stars, "first_student", lambda *args: whole(*args) | {
+        "layer2.0.bn1.v_th": 1e9})
+    assert distil(capsys, "--out", "a", "--epochs", "4")[0] == 0
+    rows = [json.loads(line) for line in open("a/metrics.jsonl")]
+    said = ["no neuron of layer2.0.bn1 ever fires" in str(row["warnings"]) for row in rows]
+    assert said == [False, True, True, True]
+    shutil.rmtree("a")
+    assert distil(capsys, "--out", "a", "--epochs", "4")[2].count("layer2.0.bn1 ever fires") == 1
+
+def test_memory_is_compared_with_what_is_there(folder, capsys, monkeypatch):
+    files = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n",
+             "sys/fs/cgroup/memory.max": "max\n",
+             "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
+    write_folder(folder / "root", {name: text.encode() for name, text in files.items()})
+    assert stars.memory_there(folder / "root") == 5000 << 10
+    for name in [*files][1:]:
+        write_folder(folder / "root", {name: b"3000000\n"})
+        assert stars.memory_there(folder / "root") == 3000000
+        write_folder(folder / "root", {name: b"max\n"})
+    assert stars.memory_there(folder / "none") > 1 << 50
+    monkeypatch.setattr(stars, "memory_there", lambda: 100 << 20)
+    put_cifar10(folder, monkeypatch)
+    assert distil(capsys, "--out", "a")[0] == 0
+    for argv in (["--teacher", "teacher.npz", "--out", "b"], ["teacher", "--dataset", "shapes"],
+                 ["bench"], ["eval", "teacher.npz"]):
+        code, _, err = run(capsys, *argv, "--batch", "9000")
+        assert code == 1 and "--batch " in err and "and 100 are there: --batch" in err
+    assert not os.path.exists("b") and not os.path.exists("runs")
+
+@pytest.mark.parametrize("flags", [("resnet8", 32, 2), ("resnet20", 16, 4), ("vgg11", 4, 1)])
+def test_the_estimate_of_memory_is_near_what_is_taken(capsys, monkeypatch, flags):
+    if not stars.resident("VmRSS"):
+        pytest.skip("no /proc here")
+    argv = [a for pair in zip(("--arch", "--batch", "--T"), map(str, flags)) for a in pair]
+    out = subprocess.run([sys.executable, stars.__file__, "bench", *argv, "--json"],
+                         stdout=subprocess.PIPE, text=True, check=True).stdout
+    monkeypatch.setattr(stars, "memory_there", lambda: 0)
+    _, _, err = run(capsys, "bench", *argv)
+    estimate = int(re.search(r"about (\d+) MiB", err)[1])
+    nets = 2 * 4 * sum(map(math.prod, stars.weight_shapes(flags[0], 10).values())) / 2 ** 20
+    taken = last_json(out)["peak_mib"] - nets  # they are there when the rest is estimated
+    CLOSING.append(f"memory of {flags}: estimate {estimate} MiB, taken {taken:.0f}")
+    assert taken < estimate < 1.5 * taken + 60
+
+def test_progress_is_told(folder, capsys, monkeypatch):
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(stars, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    flags = ["--dataset", "cifar10", "--teacher", "teacher.npz", *TINY[:-1]]
+    _, _, piped = run(capsys, *flags)
+    assert "resnet8 -> spiking resnet8" in piped.splitlines()[0] and "\r" not in piped
+    assert re.search(r"epoch 1/3  warm-up 1 of 2, .* s each, \d+ (s|min) left\n", piped)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, _, seen = run(capsys, *flags)
+    for kind in ("warm-up", "synthesis", "distillation"):
+        assert re.search(rf"\r\x1b\[Kepoch \d/3  {kind} 2 of 2, .* s each, .* left(?!\n)", seen)
+    assert len(re.findall("epoch ./3 .*agreement.* left\\)\n", seen)) == 2
+    assert "epoch" not in run(capsys, *flags, "--quiet")[2]
+
+def test_the_first_line_comes_soon(folder):
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher",
+                                "teacher.npz", *TINY[:-1]], text=True, stderr=subprocess.PIPE)
+    assert "synthesis" in process.stderr.readline() and time.monotonic() - began < 6
+    process.kill()
+    process.communicate()
+
+def test_total_variation_gradient():
+    x = normal(0, (2, 3, 4, 2))[0]
+    assert_gradient(stars.total_variation, x)
+    assert stars.total_variation(np.array([0., 1, 3, 3]).reshape(1, 2, 2, 1))[0] == (9 + 4 + 1) / 4
 
 def test_bench_reports_its_keys(capsys):
     code, out, _ = run(capsys, "bench", "--arch", "resnet8", "--batch", "2", "--T", "1",
