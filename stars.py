@@ -1306,11 +1306,9 @@ def total_variation(x):
     return sum(((b - a) ** 2).sum() for a, b in pairs(x)) / x.size, back
 
 def synthesise(c, params, state, rng, teacher, student, weights, tail, size):
-    """One epoch of synthesis: yields (images on the device, parts of Eq. (9)) for each batch.
-    generator: a batch from each of the steps. pixels: one batch x = sigmoid(v) after all the steps.
-    """
-    pixels = {"v": xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)}
-    pixel_state = {}
+    """One epoch of synthesis: yields (images on the device, parts of Eq. (9)): for the generator
+    after each step, for pixels x = sigmoid(v) after the last."""
+    pixel_state, v = {}, xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)
     for step in range(c.synthesis_steps):
         z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
         augmentation = draw_augmentation(rng, c.batch)
@@ -1318,14 +1316,14 @@ def synthesise(c, params, state, rng, teacher, student, weights, tail, size):
             yield synthesis_step(params, state, z, None, augmentation, teacher, student, weights,
                                  tail, c.lr_generator)
             continue
-        images, images_back = sigmoid(pixels["v"])
+        images, images_back = sigmoid(v)
         x, augment_back = augment(images, *augmentation)
         parts, dx = synthesis_loss(x, teacher, student, weights, None, tail)
         parts["tv"], tv_back = total_variation(images)
         dv = images_back(augment_back(dx) + tv_back(c.w_tv))
-        adam(pixels, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
+        adam({"v": v}, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
     if c.synthesis == "pixels":
-        yield sigmoid(pixels["v"])[0], parts
+        yield sigmoid(v)[0], parts
 
 def gradient_norms(x, teacher, student, weights, tail):
     """{"grad_<term>": norm of dL/dx} of each term of Eq. (9) in use, at weight 1."""
@@ -1344,11 +1342,6 @@ def symptoms(teacher, x, rates):
               "the synthetic images have no content": x.std((1, 2)).mean() < 1 / 255}
     return [sentence for sentence, seen in signs.items() if seen]
 
-def pool_size(c, size):
-    """Batches that an epoch adds to pool.bin, and their bytes."""
-    batches = 1 if c.synthesis == "pixels" else c.synthesis_steps
-    return batches, batches * c.batch * size * size * 3
-
 def distil(c, teacher, arch, size, folder, cost):
     """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
 
@@ -1358,12 +1351,18 @@ def distil(c, teacher, arch, size, folder, cost):
     rng, held = np.random.default_rng(c.seed), max(1, c.batch // 16)
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * (c.method in ("bn+rca", "stars")),
                    c.w_tar * (c.method in ("bn+tar", "stars")))
-    tail, (batches, pool_bytes) = Tail(c.tail_law, side=c.tail_side), pool_size(c, size)
+    tail, batches = Tail(c.tail_law, side=c.tail_side), (
+        1 if c.synthesis == "pixels" else c.synthesis_steps)
     groups = dict(generator=init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng),
                   adam={}, student={}, sgd={})
     student = teacher._replace(params=groups["student"], T=c.T,
                                activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
+    epoch_bytes, free = batches * c.batch * size * size * 3, shutil.disk_usage(folder).free
+    there = os.path.getsize(path) if os.path.exists(path) else 0
+    if free + there < epoch_bytes * c.epochs:
+        raise OSError(28, f"pool.bin will take {epoch_bytes * c.epochs >> 20} MiB, "
+                          f"{free + there >> 20} are free")
     def pool(epochs):
         with reading(path, "start a new run"):
             return np.memmap(path, np.uint8, "r", shape=(epochs * batches, c.batch, size, size, 3))
@@ -1377,7 +1376,7 @@ def distil(c, teacher, arch, size, folder, cost):
         warm, rates = epoch < c.warm_up, {}
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:  # what an unfinished epoch added goes
-            file.truncate(min(file.tell(), epoch * pool_bytes))
+            file.truncate(min(file.tell(), epoch * epoch_bytes))
             for x, parts in synthesise(c, groups["generator"], groups["adam"], rng, teacher,
                                        student, weights, tail, size):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
@@ -1433,7 +1432,8 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
     shown, done, total = 0, 0, sum(cost[kind] * n for epoch in range(len(rows), c.epochs)
                                    for kind, n in plan(epoch).items())
     def left():
-        return duration((total - done) / done * (time.monotonic() - start)) + " left"
+        seconds = (total - done) / done * (time.monotonic() - start)
+        return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"
     def tick(kind, losses):
         nonlocal done, last, shown
         now = time.monotonic()
@@ -1512,9 +1512,6 @@ def tell(c, sentence, passing=False):
 def percent(fraction):
     return "unknown" if fraction is None else f"{100 * fraction:.2f} %"
 
-def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
 def draw(folder, pool, rows):
     """synthetic.png, curves.png of a run; nothing where matplotlib is not installed."""
     with contextlib.suppress(ImportError):
@@ -1534,10 +1531,8 @@ def draw(folder, pool, rows):
         write_atomic(os.path.join(folder, "curves.png"), lambda file: figure.savefig(file))
 
 def run_bench(c):
-    """Time a step of each kind, method stars, random weights and images. Returns the JSON object.
-    Medians in seconds. gflops: of the distillation step, 2 for a multiply-accumulate. peak_mib:
-    growth of the resident memory (Linux).
-    """
+    """Median seconds of a step of each kind, method stars, random weights and images. gflops: of
+    the distillation step, 2 for a multiply-accumulate. peak_mib: growth of resident memory."""
     rng, arch, B, T = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128, c.T or 4
     before, result, sgd_state, adam_state = resident("VmRSS"), {}, {}, {}
     teacher = Net(init_weights(weight_shapes(arch, 10), rng))
@@ -1569,36 +1564,36 @@ def run_bench(c):
         print(f"{name:20} {value}" if value is None else f"{name:20} {value:.4g}")
     return result
 
-def resident(key):
-    """KiB of this process's memory as Linux counts it, 0 elsewhere."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        return int(re.search(key + r":\s*(\d+)", file.read())[1])
+def number_in(path, pattern=r"(\d+)"):
+    """The number in a file of the system that tells of memory, 0 where there is none."""
+    with contextlib.suppress(OSError, TypeError), open(path) as file:
+        return int(re.search(pattern, file.read())[1])
     return 0
 
-def memory_there(root=""):
+def resident(key):
+    """KiB of this process's memory as Linux counts it, 0 elsewhere."""
+    return number_in("/proc/self/status", key + r":\s*(\d+)")
+
+def memory_there(root="/"):
     """Bytes this process may take: what the machine has free, less in a container with a limit."""
-    found = [2 ** 60]
-    for path, pattern in (("proc/meminfo", r"MemAvailable: *(\d+) kB"),
-                          ("sys/fs/cgroup/memory.max", r"(\d+)"),
-                          ("sys/fs/cgroup/memory/memory.limit_in_bytes", r"(\d+)")):
-        with contextlib.suppress(OSError, TypeError), open(f"{root}/{path}") as file:
-            found.append(int(re.search(pattern, file.read())[1]) << 10 * ("kB" in pattern))
-    return min(found)
+    found = (number_in(f"{root}proc/meminfo", r"MemAvailable:\s*(\d+)") << 10,
+             number_in(f"{root}sys/fs/cgroup/memory.max"),
+             number_in(f"{root}sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return min(filter(None, found), default=2 ** 60)
 
 def check_memory(c, batch, size, *nets, training=True):
-    """UserError where the maps, gradients and states of a step take more memory than there is; the
-    last of the nets is trained.   -> for each the (numbers, multiply-adds) of its layers"""
-    layers, need = [], 60 << 20
+    """UserError where a step takes more memory than there is: for each net its maps and weights
+    (the last is trained) and the generator's maps, by factors from measured resident memory.
+    -> for each net the (numbers, multiply-adds) of its layers, for an image and time step"""
+    layers, need = [], (60 << 20) + 16 * batch * c.generator_width * size ** 2 * (len(nets) > 1)
     for net in nets:
         x = xp.zeros((1, size, size, 3), np.float32)
         costs = forward(net, x, need="", measure=True)[0].costs
-        layers.append(list(zip(*((macs / net.params[name + ".weight"][0].size, macs)
-                                 for name, macs, _ in costs if macs))))
+        layers.append([*zip(*((macs / net.params[name + ".weight"][0].size, macs)
+                              for name, macs, _ in costs if macs))])
         maps, weights = layers[-1][0], sum(np.size(v) for v in net.params.values())
-        need += int(4 * batch * net.T * ((2.2 * sum(maps) + 2 * max(maps)) if training else
-                                         1.1 * sum(maps))) + 4 * weights * (5 if net is nets[-1] else 3)
-    if len(nets) > 1:
-        need += 16 * batch * c.generator_width * size * size
+        kept = 2.2 * sum(maps) + 2 * max(maps) if training else 1.1 * sum(maps)
+        need += int(4 * batch * net.T * kept + 4 * weights * (5 if net is nets[-1] else 3))
     there = memory_there()
     demand(xp is not np or need < there, f"--batch {batch} takes about {need >> 20} MiB of memory "
            f"and {there >> 20} are there: --batch {batch * there // need} may do")
@@ -1633,12 +1628,11 @@ def load_net(c, path):
 def shipped(c):
     """Path of the teacher for c.dataset and c.arch in data/ beside this file."""
     paths = sorted(pathlib.Path(__file__).resolve().with_name("data").glob("*-teacher.npz"))
-    for path in paths:
-        if path.name.startswith(f"{c.dataset}-{c.arch}"):
-            return str(path)
-    raise UserError(f"no teacher of {c.dataset} {c.arch} is shipped (there are "
-                    f"{', '.join(path.name for path in paths)}): give --teacher FILE, or first "
-                    f"python stars.py teacher --dataset {c.dataset}")
+    fits = [path for path in paths if path.name.startswith(f"{c.dataset}-{c.arch}")]
+    demand(fits, f"no teacher of {c.dataset} {c.arch} is shipped (there are "
+                 f"{', '.join(path.name for path in paths)}): give --teacher FILE, or first "
+                 f"python stars.py teacher --dataset {c.dataset}")
+    return str(fits[0])
 
 def data_of(c, split, classes=None):
     """(x, y) of c.dataset, fetched first where it is missing and --download was given."""
@@ -1657,7 +1651,7 @@ def test_set(c, classes):
         tell(c, f"no accuracy can be measured: {error}")
 
 @contextlib.contextmanager
-def run_folder(c, command, name, disk=0):
+def run_folder(c, command, name):
     """Gives the folder of a run: --resume; or --out, which must not hold one; or runs/<name>, or
     with -2, -3 .. if taken. Whatever ends the run then says how to go on with it."""
     base = f"runs/{name}"
@@ -1666,14 +1660,11 @@ def run_folder(c, command, name, disk=0):
     again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
     if not c.resume:
         path = os.path.join(folder, "config.json")
-        demand(not os.path.exists(path), f"{folder} holds another run: choose another --out, or "
+        demand(not os.path.exists(path), f"{folder} holds another run: take another --out, or "
                                          f"go on with it: {again}")
         settings = dataclasses.asdict(c) | dict(command=command, version=VERSION)
         write_atomic(path, to_json(settings).encode())
     try:
-        free = shutil.disk_usage(folder).free
-        demand(c.resume or disk < free, f"{folder} will take {disk >> 20} MiB and {free >> 20} are "
-                                        f"free: make room, then {again}")
         yield folder
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
@@ -1694,7 +1685,8 @@ def command_of(c, command):
     """The command line that makes the same file again."""
     return f"python stars.py {command} " + " ".join(
         f"{name} {getattr(c, f.name)}" for name, f in flags_of(command).items()
-        if f.name not in HERE and (f.name in ("dataset", "seed") or getattr(c, f.name) != f.default))
+        if name in ("--dataset", "--seed") or f.name not in HERE and
+        getattr(c, f.name) != f.default)
 
 def saved(params):
     """What a file would hold of params, as float32 on the device."""
@@ -1724,8 +1716,7 @@ def distil_once(c):
     cost = {"warm-up": 2 * t + 3 * g, "synthesis": 2 * t + 2 * s + 3 * g, "distillation": t + 3 * s}
     row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, accuracy=None,
                teacher_accuracy=info.get("accuracy"), device="cpu" if xp is np else "gpu")
-    disk = c.epochs * pool_size(c, size)[1]
-    with run_folder(c, "distill", f"{stem(c)}-{c.method}-s{c.seed}", disk) as folder:
+    with run_folder(c, "distill", f"{stem(c)}-{c.method}-s{c.seed}") as folder:
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
                 f"{c.schedule} on the {row['device']}: {c.epochs} epochs, {c.synthesis_steps} "
                 f"synthesis and, after {c.warm_up}, {c.distill_steps} distillation steps of "
@@ -1814,9 +1805,9 @@ def parse(argv):
         parser.error(f"no command {command}{near(command, COMMANDS)}: {', '.join(COMMANDS)}")
     flags = flags_of(command)
     for name, f in flags.items():
-        about = ", ".join(filter(None, f.metadata["choices"])), f.metadata["help"], (
-            f"default {f.default}" if f.default not in ("", 0, -1.0) else "")
-        parser.add_argument(name, help="; ".join(filter(None, about)), **(
+        about = f"{f.metadata['help']} {' '.join(f.metadata['choices'])}".strip() + (
+            f" (default {f.default})" if f.default not in ("", 0, -1.0) else "")
+        parser.add_argument(name, help=about, **(
             dict(action="store_true") if f.type is bool else
             dict(type=f.type, metavar=f.name.upper())))
     given, unknown = parser.parse_known_args(argv[argv[:1] == [command]:])
