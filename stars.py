@@ -1358,11 +1358,11 @@ def distil(c, teacher, arch, size, folder, cost):
     student = teacher._replace(params=groups["student"], T=c.T,
                                activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
-    epoch_bytes, free = batches * c.batch * size * size * 3, shutil.disk_usage(folder).free
-    there = os.path.getsize(path) if os.path.exists(path) else 0
-    if free + there < epoch_bytes * c.epochs:
-        raise OSError(28, f"pool.bin will take {epoch_bytes * c.epochs >> 20} MiB, "
-                          f"{free + there >> 20} are free")
+    epoch_bytes = batches * c.batch * size * size * 3
+    with open(path, "ab") as file:
+        free, need = shutil.disk_usage(folder).free + file.tell(), epoch_bytes * c.epochs
+    if free < need:
+        raise OSError(28, f"pool.bin will take {need >> 20} MiB, {free >> 20} are free")
     def pool(epochs):
         with reading(path, "start a new run"):
             return np.memmap(path, np.uint8, "r", shape=(epochs * batches, c.batch, size, size, 3))
@@ -1423,10 +1423,11 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
     run is made from. plan(epoch): {kind: steps}, work calls tick(kind, {name: loss}) after each;
     cost {kind: of a step, in any unit}, to tell the time left.   -> the lines of metrics.jsonl
     """
-    path = os.path.join(folder, "checkpoint.npz")
-    digest = hashlib.sha256(b"".join(to_host(v).tobytes() for v in inputs.values())).hexdigest()
+    path, digest = os.path.join(folder, "checkpoint.npz"), hashlib.sha256()
+    for array in inputs.values():
+        digest.update(np.ascontiguousarray(to_host(array)))
     settings = {k: v for k, v in dataclasses.asdict(c).items() if k not in HERE}
-    settings |= dict(version=VERSION, inputs=digest)
+    settings |= dict(version=VERSION, inputs=digest.hexdigest()[:16])
     rows = load_checkpoint(path, groups, rng, settings)
     start = last = time.monotonic()
     shown, done, total = 0, 0, sum(cost[kind] * n for epoch in range(len(rows), c.epochs)
@@ -1564,7 +1565,7 @@ def run_bench(c):
         print(f"{name:20} {value}" if value is None else f"{name:20} {value:.4g}")
     return result
 
-def number_in(path, pattern=r"(\d+)"):
+def number_in(path, pattern):
     """The number in a file of the system that tells of memory, 0 where there is none."""
     with contextlib.suppress(OSError, TypeError), open(path) as file:
         return int(re.search(pattern, file.read())[1])
@@ -1576,10 +1577,11 @@ def resident(key):
 
 def memory_there(root="/"):
     """Bytes this process may take: what the machine has free, less in a container with a limit."""
-    found = (number_in(f"{root}proc/meminfo", r"MemAvailable:\s*(\d+)") << 10,
-             number_in(f"{root}sys/fs/cgroup/memory.max"),
-             number_in(f"{root}sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    return min(filter(None, found), default=2 ** 60)
+    free, limit, limit_v1 = (number_in(root + path, pattern) for path, pattern in (
+        ("proc/meminfo", r"MemAvailable:\s*(\d+)"), ("sys/fs/cgroup/memory.max", r"(\d+)"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", r"(\d+)")))
+    ours = resident("VmRSS") << 10
+    return min(free << 10 or 2 ** 60, (limit or 2 ** 60) - ours, (limit_v1 or 2 ** 60) - ours)
 
 def check_memory(c, batch, size, *nets, training=True):
     """UserError where a step takes more memory than there is: for each net its maps and weights
