@@ -1197,7 +1197,7 @@ class Config:
     reset: str = flag("", "default soft from the teacher, hard random", "d", ("", "hard", "soft"))
     v_init: float = flag(-1.0, "u_0 / V; default 0.5 from the teacher, 0 random", "d")
     surrogate: str = flag(Neuron.surrogate, "of Eq. (2)", "d", tuple(SURROGATES))
-    quantile: float = flag(0.99, "of a layer's activations in the teacher, to be V", "d", most=1)
+    quantile: float = flag(0.97, "of a layer's activations in the teacher, to be V", "d", most=1)
 
 HERE = {  # settings that change no number of a run
     "data_dir", "download", "device", "out", "json", "quiet", "threads", "resume"}
