@@ -1130,7 +1130,7 @@ def check_weights(params, expected, path="the file"):
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
 
-import difflib, shlex, shutil, signal
+import shlex, shutil, signal, timeit
 
 VERSION = 1  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 
@@ -1503,12 +1503,11 @@ def same_run(path, was, now):
 
 # ---- 10  Reports ---------------------------------------------------------------------------------
 
-def tell(c, sentence, passing=False):
+def tell(c, text, passing=False):
     """A line on stderr, unless --quiet; a passing one, on a terminal, which the next replaces."""
     terminal = sys.stderr.isatty()
     if not c.quiet and (terminal or not passing):
-        print("\r\033[K" * terminal + sentence, end="" if passing else "\n", file=sys.stderr,
-              flush=True)
+        print("\r\033[K" * terminal + text, end="\n" * (not passing), file=sys.stderr, flush=True)
 
 def percent(fraction):
     return "unknown" if fraction is None else f"{100 * fraction:.2f} %"
@@ -1516,156 +1515,139 @@ def percent(fraction):
 def draw(folder, pool, rows):
     """synthetic.png, curves.png of a run; nothing where matplotlib is not installed."""
     with contextlib.suppress(ImportError):
-        import matplotlib.image
-        from matplotlib.figure import Figure
-        images = pool.reshape(-1, *pool.shape[2:])[-128:]
-        columns = min(16, len(images))
-        grid = np.vstack([np.hstack(images[i:i + columns])
-                          for i in range(len(images) % columns, len(images), columns)])
-        write_atomic(os.path.join(folder, "synthetic.png"), lambda file: matplotlib.image.imsave(
-            file, grid.repeat(2, 0).repeat(2, 1), format="png"))
+        from matplotlib import figure, image
+        grid = np.vstack([np.hstack(batch) for batch in pool[-8:, :16].repeat(2, 2).repeat(2, 3)])
+        write_atomic(f"{folder}/synthetic.png", lambda file: image.imsave(file, grid, format="png"))
         names = [k for k in rows[-1] if k not in ("epoch", "seconds", "images_seen", "warnings")]
-        figure = Figure(figsize=(12, 2.2 * -(-len(names) // 4)), layout="constrained")
+        page = figure.Figure(figsize=(12, 2.2 * -(-len(names) // 4)), layout="constrained")
         for i, name in enumerate(names):
-            axes = figure.add_subplot(-(-len(names) // 4), 4, i + 1, title=name, xlabel="epoch")
+            axes = page.add_subplot(-(-len(names) // 4), 4, i + 1, title=name, xlabel="epoch")
             axes.plot(*zip(*((row["epoch"], row[name]) for row in rows if name in row)))
-        write_atomic(os.path.join(folder, "curves.png"), lambda file: figure.savefig(file))
+        write_atomic(f"{folder}/curves.png", page.savefig)
 
 def run_bench(c):
     """Median seconds of a step of each kind, method stars, random weights and images. gflops: of
-    the distillation step, 2 for a multiply-accumulate. peak_mib: growth of resident memory."""
-    rng, arch, B, T = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128, c.T or 4
-    before, result, sgd_state, adam_state = resident("VmRSS"), {}, {}, {}
-    teacher = Net(init_weights(weight_shapes(arch, 10), rng))
-    student = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), T)
+    the distillation step, 2 a multiply-add, back twice forward; peak_mib: growth of memory."""
+    rng, arch, B = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128
+    before, crop, momenta, moments = linux_says("VmRSS:"), draw_augmentation(rng, B), {}, {}
+    ann = Net(init_weights(weight_shapes(arch, 10), rng))
+    snn = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T or 4)
     params = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
-    (_, ann_macs), (_, macs) = check_memory(c, B, 32, teacher, student)
-    x, crop = xp.asarray(rng.random((B, 32, 32, 3), np.float32)), draw_augmentation(rng, B)
-    z = xp.asarray(rng.normal(0, 1, (B, c.z_dim)), np.float32)
-    for name, job in dict(
-            distill_step_s=lambda: distillation_step(student, sgd_state, augment(x, *crop)[0],
-                                                     teacher, c.tau_kd, 0.05),
-            synthesis_step_s=lambda: synthesis_step(params, adam_state, z, None, crop, teacher,
-                                                    student, Weights(), Tail(), 1e-3),
-            teacher_forward_s=lambda: forward(teacher, x, need=""),
-            student_forward_s=lambda: forward(student, x, train=True, need="")).items():
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
-            job()
-            if xp is not np:
-                xp.cuda.Device().synchronize()
-            times.append(time.perf_counter() - start)
-        result[name] = float(np.median(times[2:]))
-    flops = 2 * B * (sum(ann_macs) + T * 3 * sum(macs[1:]) + 2 * macs[0])
-    result |= dict(images_per_s=B / result["distill_step_s"],
-                   gflops=flops / result["distill_step_s"] / 1e9,
-                   peak_mib=(resident("VmHWM") - before) / 1024 if before else None)
-    for name, value in result.items():
-        print(f"{name:20} {value}" if value is None else f"{name:20} {value:.4g}")
+    t, s = check_memory(c, B, 32, ann, snn)
+    x, z = (xp.asarray(rng.random(shape, np.float32)) for shape in ((B, 32, 32, 3), (B, c.z_dim)))
+    result = dict(
+        distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05),
+        synthesis_step_s=lambda: synthesis_step(params, moments, z, None, crop, ann, snn, Weights(),
+                                                Tail(), 1e-3),
+        teacher_forward_s=lambda: forward(ann, x, need=""),
+        student_forward_s=lambda: forward(snn, x, train=True, need=""))
+    for name, job in result.items():  # to_host waits for a GPU
+        result[name] = np.median(timeit.repeat(lambda: (job(), to_host(z)), number=1, repeat=9)[2:])
+    rate = B / result["distill_step_s"]
+    result |= dict(images_per_s=rate, gflops=rate * (t + 3 * s) * 2e-9,
+                   peak_mib=(linux_says("VmHWM:") - before) / 1024 if before else None)
+    print(*(f"{k:20} {v and format(v, '.4g')}" for k, v in result.items()), sep="\n")
     return result
 
-def number_in(path, pattern):
-    """The number in a file of the system that tells of memory, 0 where there is none."""
+def linux_says(key, path="/proc/self/status"):
+    """The number after key in a file in which Linux tells of memory, 0 where there is none."""
     with contextlib.suppress(OSError, TypeError), open(path) as file:
-        return int(re.search(pattern, file.read())[1])
+        return int(re.search(key + r"\s*(\d+)", file.read())[1])
     return 0
-
-def resident(key):
-    """KiB of this process's memory as Linux counts it, 0 elsewhere."""
-    return number_in("/proc/self/status", key + r":\s*(\d+)")
 
 def memory_there(root="/"):
     """Bytes this process may take: what the machine has free, less in a container with a limit."""
-    free, limit, limit_v1 = (number_in(root + path, pattern) for path, pattern in (
-        ("proc/meminfo", r"MemAvailable:\s*(\d+)"), ("sys/fs/cgroup/memory.max", r"(\d+)"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", r"(\d+)")))
-    ours = resident("VmRSS") << 10
-    return min(free << 10 or 2 ** 60, (limit or 2 ** 60) - ours, (limit_v1 or 2 ** 60) - ours)
+    ours = linux_says("VmRSS:") << 10
+    limits = (linux_says("", root + "sys/fs/cgroup/memory.max"),
+              linux_says("", root + "sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    free = linux_says("MemAvailable:", root + "proc/meminfo") << 10
+    return min(free or 2 ** 60, *(limit - ours for limit in limits if limit), 2 ** 60)
 
 def check_memory(c, batch, size, *nets, training=True):
-    """UserError where a step takes more memory than there is: for each net its maps and weights
-    (the last is trained) and the generator's maps, by factors from measured resident memory.
-    -> for each net the (numbers, multiply-adds) of its layers, for an image and time step"""
-    layers, need = [], (60 << 20) + 16 * batch * c.generator_width * size ** 2 * (len(nets) > 1)
+    """UserError where a step takes more memory than there is: by measured factors, the maps and
+    weights of each net, the generator's maps.   -> multiply-adds of each net forward, an image"""
+    work, need = [], (60 << 20) + 16 * batch * c.generator_width * size ** 2 * (len(nets) > 1)
     for net in nets:
         x = xp.zeros((1, size, size, 3), np.float32)
-        costs = forward(net, x, need="", measure=True)[0].costs
-        layers.append([*zip(*((macs / net.params[name + ".weight"][0].size, macs)
-                              for name, macs, _ in costs if macs))])
-        maps, weights = layers[-1][0], sum(np.size(v) for v in net.params.values())
+        costs = {k: n for k, n, _ in forward(net, x, need="", measure=True)[0].costs if n}
+        first, *others = costs.values()
+        work.append(first + net.T * sum(others))
+        maps = [n / net.params[k + ".weight"][0].size for k, n in costs.items()]
         kept = 2.2 * sum(maps) + 2 * max(maps) if training else 1.1 * sum(maps)
-        need += int(4 * batch * net.T * kept + 4 * weights * (5 if net is nets[-1] else 3))
+        need += int(4 * batch * net.T * kept + 20 * sum(map(np.size, net.params.values())))
     there = memory_there()
     demand(xp is not np or need < there, f"--batch {batch} takes about {need >> 20} MiB of memory "
            f"and {there >> 20} are there: --batch {batch * there // need} may do")
-    return layers
+    return work
 
 # ---- 11  Command line ----------------------------------------------------------------------------
 
+def on_device(arrays):
+    """What a file holds as params of a Net: float32 on the device, V and A as numbers."""
+    return {k: xp.asarray(v, np.float32) if v.ndim else float(v) for k, v in arrays.items()}
+
 def load_net(c, path):
     """A saved network as (Net, info), its normalisation from the file, a flag or the data set."""
-    params, info = load_weights(path, c.arch or None)
-    known, constants = DATASETS.get(c.dataset), []
-    fits = dict(dataset=c.dataset) | (known._asdict() if known else {})
-    wrong = [f"{k} {info[k]}, not {fits[k]}" for k in ("dataset", "classes", "size")
-             if k in info and info[k] != fits.get(k, info[k])]
-    demand(not wrong, f"{path} has {', '.join(wrong)}: name the data set it was trained on with "
-                      "--dataset")
-    width = len(params.get("conv1.weight", params.get("features.0.weight", [0])))
-    extra = {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
-    with reading(path, "check --arch, and --mean and --std as .49,.48,.45"):
-        expected = weight_shapes(info["arch"], info["classes"], width,
-                                 any("shortcut" in k for k in params))
-        params = {k: xp.asarray(v) if v.ndim else float(v)
-                  for k, v in check_weights(params, expected | extra, path).items()}
+    (params, info), known, constants = load_weights(path, c.arch), DATASETS.get(c.dataset), []
+    with reading(path, "check --dataset, --arch, and --mean and --std, as .49,.48,.45"):
+        for key, here in zip(("dataset", "classes", "size"), (c.dataset, *(known or ())[:2])):
+            require(info.get(key, here) == here, f"{key} {info.get(key)}, not {here}")
+        width = len(params.get("conv1.weight", params.get("features.0.weight", ())))
+        expected = weight_shapes(info["arch"], info["classes"], width, "shortcut" in str([*params]))
+        expected |= {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
+        params = on_device(check_weights(params, expected, path))
         for part in ("mean", "std"):
             flag = [float(v) for v in getattr(c, part).split(",") if v]
-            require(not flag or flag == info.get(part, flag), f"its {part} is {info.get(part)}")
-            r, g, b = info.get(part) or flag or getattr(known, part, ())
-            constants.append((float(r), float(g), float(b)))
-        activation = Neuron(**info["neuron"]) if "neuron" in info else relu
-        return Net(params, activation, int(info.get("T", 1)), *constants), info
+            r, g, b = map(float, info.get(part) or flag or getattr(known, part, ()))
+            require(flag in ([], [r, g, b]), f"its {part} is {r},{g},{b}")
+            constants.append((r, g, b))
+        T, neuron = info.get("T", 1), Neuron(**info.get("neuron", {}))
+        require(T in range(1, 1001) and np.isfinite(neuron.lam + neuron.v_init), f"{neuron}, T {T}")
+        return Net(params, neuron if "neuron" in info else relu, int(T), *constants), info
+
+def save_net(path, net, c, command, arch, classes, **info):
+    """Save net, what is known of it, and the command that makes the same file again."""
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(c).items()
+                     if k in ("dataset", "seed") or k not in HERE and v != getattr(Config, k))
+    info |= dict(arch=arch, classes=classes, mean=net.mean, std=net.std, dataset=c.dataset)
+    save_weights(path, net.params, info | dict(command=f"python stars.py {command} {flags}"))
 
 def shipped(c):
     """Path of the teacher for c.dataset and c.arch in data/ beside this file."""
     paths = sorted(pathlib.Path(__file__).resolve().with_name("data").glob("*-teacher.npz"))
-    fits = [path for path in paths if path.name.startswith(f"{c.dataset}-{c.arch}")]
-    demand(fits, f"no teacher of {c.dataset} {c.arch} is shipped (there are "
-                 f"{', '.join(path.name for path in paths)}): give --teacher FILE, or first "
-                 f"python stars.py teacher --dataset {c.dataset}")
-    return str(fits[0])
+    fits = [str(path) for path in paths if path.name.startswith(f"{c.dataset}-{c.arch}")]
+    demand(fits, f"{c.dataset} {c.arch} is not shipped, but {', '.join(p.stem for p in paths)}: "
+                 f"give --teacher FILE, or first python stars.py teacher --dataset {c.dataset}")
+    return fits[0]
 
 def data_of(c, split, classes=None):
     """(x, y) of c.dataset, fetched first where it is missing and --download was given."""
     if c.download and find_dataset(c.dataset, split, c.data_dir) is None:
         url, md5, name, limit = DOWNLOADS[c.dataset]
         tell(c, f"downloading {url}")
-        download(url, md5, os.path.join(c.data_dir, name), limit, lambda done, total: tell(
+        download(url, md5, f"{c.data_dir}/{name}", limit, lambda done, total: tell(
             c, f"{done >> 20} of {total >> 20} MiB", passing=True))
     return load_dataset(c.dataset, split, c.data_dir, classes)
 
-def test_set(c, classes):
-    """The test set, or None and a sentence on stderr: a run does not fail for want of one."""
+def measured(c, classes, *nets):
+    """evaluate() of each net on the test set; where there is none, {} and a sentence on stderr."""
     try:
-        return data_of(c, "test", classes)
+        x, y = data_of(c, "test", classes)
     except UserError as error:
         tell(c, f"no accuracy can be measured: {error}")
+        return [{} for net in nets]
+    return [evaluate(net, x, y, c.batch) for net in nets]
 
 @contextlib.contextmanager
 def run_folder(c, command, name):
-    """Gives the folder of a run: --resume; or --out, which must not hold one; or runs/<name>, or
-    with -2, -3 .. if taken. Whatever ends the run then says how to go on with it."""
-    base = f"runs/{name}"
-    names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+    """Gives the folder of a run, a new one unless --resume; what ends it says how to go on."""
+    names = (f"runs/{name}" + f"-{i}" * (i > 1) for i in itertools.count(1))
     folder = c.resume or c.out or next(k for k in names if not os.path.exists(k))
     again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
     if not c.resume:
-        path = os.path.join(folder, "config.json")
-        demand(not os.path.exists(path), f"{folder} holds another run: take another --out, or "
-                                         f"go on with it: {again}")
-        settings = dataclasses.asdict(c) | dict(command=command, version=VERSION)
-        write_atomic(path, to_json(settings).encode())
+        path = f"{folder}/config.json"
+        demand(not os.path.exists(path), f"{folder} holds another run: give a new --out or {again}")
+        write_atomic(path, to_json(vars(c) | dict(command=command, version=VERSION)).encode())
     try:
         yield folder
     except KeyboardInterrupt:
@@ -1677,91 +1659,60 @@ def resumed(given, command):
     """The settings of the run in the folder given["resume"], which no other flag may contradict."""
     path = os.path.join(given["resume"], "config.json")
     with reading(path, "name the folder of a run"), open(path) as file:
-        was = json.load(file)
-        require(was["command"] == command, f"it is a run of {was['command']}, not of {command}")
-        same_run(path, was, dict(version=VERSION) | {k: v for k, v in given.items()
-                                                     if k not in HERE})
+        was, now = json.load(file), given | dict(command=command, version=VERSION)
+        same_run(path, was, {k: v for k, v in now.items() if k not in HERE})
         return Config(**{k: v for k, v in was.items() if k not in ("command", "version")} | given)
 
-def command_of(c, command):
-    """The command line that makes the same file again."""
-    return f"python stars.py {command} " + " ".join(
-        f"{name} {getattr(c, f.name)}" for name, f in flags_of(command).items()
-        if name in ("--dataset", "--seed") or f.name not in HERE and
-        getattr(c, f.name) != f.default)
-
-def saved(params):
-    """What a file would hold of params, as float32 on the device."""
-    return {k: xp.asarray(v, np.float32) if v.ndim else float(v)
-            for k, v in rounded(params).items()}
-
 def run_distil(c):
-    """The main job, for each seed and method."""
-    methods = METHODS if c.method == "all" else (c.method,)
-    rows = [distil_once(dataclasses.replace(c, method=method, seed=seed, seeds=1))
-            for seed in range(c.seed, c.seed + c.seeds) for method in methods]
-    for row in rows:
-        print(f"{row['method']:7} seed {row['seeds'][0]}  student {percent(row['accuracy'])}  "
-              f"teacher {percent(row['teacher_accuracy'])}  agreement on held-out synthetic images "
-              f"{percent(row['agreement'])}  {row['student']}")
-    return rows[0] if len(rows) == 1 else dict(rows=rows)
-
-def distil_once(c):
-    began, source = time.monotonic(), c.teacher or shipped(c)
+    """Teacher -> spiking student, without data (the default)."""
+    if c.method == "all" or c.seeds > 1:
+        methods = METHODS if c.method == "all" else (c.method,)
+        return dict(rows=[run_distil(dataclasses.replace(c, method=method, seed=seed, seeds=1))
+                          for seed in range(c.seed, c.seed + c.seeds) for method in methods])
+    began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
     teacher, info = load_net(c, source)
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
-    c, arch, known = settle(c), c.student_arch or info["arch"], DATASETS.get(c.dataset)
-    size, classes = known.size if known else info.get("size", 32), info["classes"]
+    c, arch, classes = settle(c), c.student_arch or info["arch"], info["classes"]
+    size = known.size if known else 64 if info.get("size") == 64 else 32
     draft = Net(init_weights(weight_shapes(arch, classes), np.random.default_rng(0)), Neuron(), c.T)
-    t, s = (sum(macs) for _, macs in check_memory(c, c.batch, size, teacher, draft))
-    g, s = 7 * (c.generator_width * size) ** 2, s * c.T  # multiply-adds of a pass: forward, back
-    cost = {"warm-up": 2 * t + 3 * g, "synthesis": 2 * t + 2 * s + 3 * g, "distillation": t + 3 * s}
-    row = dict(method=c.method, seeds=[c.seed], schedule=c.schedule, accuracy=None,
-               teacher_accuracy=info.get("accuracy"), device="cpu" if xp is np else "gpu")
-    with run_folder(c, "distill", f"{stem(c)}-{c.method}-s{c.seed}") as folder:
+    t, s = check_memory(c, c.batch, size, teacher, draft)  # multiply-adds; g: forward and back
+    g, device = 21 * (c.generator_width * size) ** 2, "cpu" if xp is np else "gpu"
+    cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g, "distillation": t + 3 * s}
+    with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
-                f"{c.schedule} on the {row['device']}: {c.epochs} epochs, {c.synthesis_steps} "
-                f"synthesis and, after {c.warm_up}, {c.distill_steps} distillation steps of "
-                f"{c.batch}; into {folder}")
-        student, row["agreement"], pool, rows = distil(c, teacher, arch, size, folder, cost)
-        student = student._replace(params=saved(student.params))
-        row["student"] = os.path.join(folder, "student.npz")
-        save_weights(row["student"], student.params, dict(
-            arch=arch, classes=classes, T=c.T, neuron=dataclasses.asdict(student.activation),
-            mean=teacher.mean, std=teacher.std, dataset=c.dataset,
-            command=command_of(c, "distill")))
+                f"{c.schedule} on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis "
+                f"and, after {c.warm_up}, {c.distill_steps} distillation steps; into {folder}")
+        student, agreement, pool, rows = distil(c, teacher, arch, size, folder, cost)
+        student = student._replace(params=on_device(rounded(student.params)))
+        path = f"{folder}/student.npz"
+        save_net(path, student, c, "distill", arch, classes, T=c.T, neuron=vars(student.activation))
         draw(folder, pool, rows)
-        row["seconds"] = time.monotonic() - began
-        test = test_set(c, classes)
-        if test:
-            row |= evaluate(student, *test, c.batch)
-            row["teacher_accuracy"] = evaluate(teacher, *test, c.batch)["accuracy"]
-        write_atomic(os.path.join(folder, "summary.json"), to_json(row).encode())
+        row = dict(method=c.method, seeds=[c.seed], device=device, student=path, accuracy=None,
+                   schedule=c.schedule, agreement=agreement, seconds=time.monotonic() - began)
+        found, ann = measured(c, classes, student, teacher)
+        row |= found | dict(teacher_accuracy=ann.get("accuracy", info.get("accuracy")))
+        write_atomic(f"{folder}/summary.json", to_json(row).encode())
+    print(f"{c.method:7} seed {c.seed}  {path}: student {percent(row['accuracy'])}, teacher "
+          f"{percent(row['teacher_accuracy'])}, agreement on synthetic images {percent(agreement)}")
     return row
 
 def run_teacher(c):
-    """Train an ANN on real images."""
-    x, y = data_of(c, "train")
-    small, known = c.dataset == "shapes", DATASETS.get(c.dataset)
-    c = dataclasses.replace(c, arch=c.arch or ("resnet8" if small else "resnet20"), lr=c.lr or 0.1,
-                            batch=min(c.batch or 128, len(x)),
-                            epochs=c.epochs or (8 if small else 40))
-    classes = known.classes if known else int(y.max()) + 1
-    mean, std = (known.mean, known.std) if known else (
-        f(x.reshape(-1, 3) / np.float32(255), 0).round(4).tolist() for f in (np.mean, np.std))
-    net = Net(init_weights(weight_shapes(c.arch, classes), np.random.default_rng(c.seed)), relu, 1,
-              mean, std)
-    check_memory(c, c.batch, x.shape[1], net)
-    with run_folder(c, "teacher", f"{stem(c)}-{c.arch}-teacher") as folder:
+    """Train an ANN on a data set."""
+    (x, y), stem = data_of(c, "train"), pathlib.Path(c.dataset).stem
+    known = DATASETS.get(c.dataset) or Dataset(int(y.max()) + 1, x.shape[1], len(x), 0, *(
+        f(x.reshape(-1, 3) / np.float32(255), 0).round(4).tolist() for f in (np.mean, np.std)))
+    arch, epochs = ("resnet8", 8) if c.dataset == "shapes" else ("resnet20", 40)
+    c = dataclasses.replace(c, arch=c.arch or arch, epochs=c.epochs or epochs, lr=c.lr or 0.1,
+                            batch=min(c.batch or 128, len(x)))
+    params = init_weights(weight_shapes(c.arch, known.classes), np.random.default_rng(c.seed))
+    net, name = Net(params, relu, 1, known.mean, known.std), f"{stem}-{c.arch}-teacher"
+    check_memory(c, c.batch, known.size, net)
+    with run_folder(c, "teacher", name) as folder:
         tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
         train(c, net, x, y, folder)
-        net = net._replace(params=saved(net.params))
-        test = test_set(c, classes)
-        found = evaluate(net, *test, c.batch)["accuracy"] if test else None
-        path = os.path.join(folder, f"{stem(c)}-{c.arch}-teacher.npz")
-        save_weights(path, net.params, dict(
-            arch=c.arch, classes=classes, size=x.shape[1], mean=mean, std=std, dataset=c.dataset,
-            accuracy=found, command=command_of(c, "teacher")))
+        net, path = net._replace(params=on_device(rounded(net.params))), f"{folder}/{name}.npz"
+        found = measured(c, known.classes, net)[0].get("accuracy")
+        save_net(path, net, c, "teacher", c.arch, known.classes, size=known.size, accuracy=found)
     print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
     return dict(accuracy=found, teacher=path)
 
@@ -1775,72 +1726,50 @@ def run_eval(c):
     spiking = "" if found["energy_uj"] is None else (
         f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}")
     print(f"{c.file}: accuracy {percent(found['accuracy'])} on {found['n']} images; energy an "
-          f"image {found['ann_energy_uj']:.1f} uJ as an ANN{spiking}")
-    for layer, rate in found["firing_rates"].items():
-        print(f"  {layer:20} {percent(rate)}")
+          f"image {found['ann_energy_uj']:.1f} uJ as an ANN{spiking}",
+          *(f"  {k:20} {percent(rate)}" for k, rate in found["firing_rates"].items()), sep="\n")
     return found
 
-COMMANDS = {"distill": (run_distil, "teacher -> spiking student, without data (the default)"),
-            "teacher": (run_teacher, "train an ANN on a data set"),
-            "eval": (run_eval, "measure a saved network"), "bench": (run_bench, "time the steps")}
-
-def stem(c):
-    """The data set's name, of a file without folder and ending."""
-    return pathlib.Path(c.dataset).name.removesuffix(".npz")
-
-def flags_of(command):
-    """{"--flag": field of Config} of a command; the FILE of eval has no dashes."""
-    fields = [f for f in dataclasses.fields(Config) if command[0] in f.metadata["commands"]]
-    return {"-" * 2 * (f.name != "file") + f.name.replace("_", "-"): f for f in fields}
-
-def near(word, known):
-    """" (did you mean quick?)", or nothing where no known word is like it."""
-    return "".join(f" (did you mean {k}?)" for k in difflib.get_close_matches(word, known, 1))
+COMMANDS = dict(distill=run_distil, teacher=run_teacher, eval=run_eval, bench=run_bench)
 
 def parse(argv):
     """-> command, {field of Config: value} as given. Exits with code 2 for wrong usage."""
     command = "distill" if not argv or argv[0].startswith("-") else argv[0]
     parser = argparse.ArgumentParser(
-        prog="stars.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description=f"{command}: " + "; ".join(f"{k}: {v}" for k, (_, v) in COMMANDS.items()))
+        f"stars.py {command}", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=" ".join(f"{k}: {run.__doc__}" for k, run in COMMANDS.items()))
     if command not in COMMANDS:
-        parser.error(f"no command {command}{near(command, COMMANDS)}: {', '.join(COMMANDS)}")
-    flags = flags_of(command)
+        parser.error(f"no command {command}{nearest(command, COMMANDS)}: {', '.join(COMMANDS)}")
+    flags = {"--" * (f.name != "file") + f.name.replace("_", "-"): f
+             for f in dataclasses.fields(Config) if command[0] in f.metadata["commands"]}
     for name, f in flags.items():
-        about = f"{f.metadata['help']} {' '.join(f.metadata['choices'])}".strip() + (
-            f" (default {f.default})" if f.default not in ("", 0, -1.0) else "")
-        parser.add_argument(name, help=about, **(
-            dict(action="store_true") if f.type is bool else
-            dict(type=f.type, metavar=f.name.upper())))
+        default = f"(default {f.default})" * (f.default not in ("", 0, -1.0))
+        about = " ".join([f.metadata["help"], *f.metadata["choices"], default])
+        parser.add_argument(name, help=about, **(dict(action="store_true") if f.type is bool else
+                                                 dict(type=f.type, metavar=f.name.upper())))
     given, unknown = parser.parse_known_args(argv[argv[:1] == [command]:])
     for word in unknown:
-        parser.error(f"{command} has no {word}{near(word.split('=')[0], flags)}")
+        parser.error(f"{command} has no {word}{nearest(word.split('=')[0], flags)}")
+    c = Config(**vars(given))
     try:
-        check(vars(given), flags)
-    except ValueError as error:
+        find_dataset(c.dataset, "test", c.data_dir)
+        Tail(c.tail_law, side=c.tail_side)
+        for name, f in flags.items():
+            v, (*_, known, least, most) = getattr(c, f.name), f.metadata.values()
+            fits = v in known if known else isinstance(v, str) or least <= v <= most
+            rule = f"one of {', '.join(filter(None, known))}" if known else f"{least:g} to {most:g}"
+            require(fits or f.name not in given,
+                    f"{name} must be {rule}, not {v}{nearest(str(v), known)}")
+        for name, fits, other in (
+                ("w_tv", c.synthesis == "pixels", "--synthesis pixels"),
+                ("w_rca", c.method not in ("bn", "bn+tar"), "Eq. (7) in --method"),
+                ("w_tar", c.method not in ("bn", "bn+rca"), "Eq. (8) in --method"),
+                ("quantile", c.init == "teacher", "--init teacher"),
+                ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
+            require(fits or name not in given, f"--{name.replace('_', '-')} needs {other}")
+    except (ValueError, UserError) as error:
         parser.error(str(error))
     return command, vars(given)
-
-def check(given, flags):
-    """Raise ValueError for settings {field of Config: value} that cannot be."""
-    c = Config(**given)
-    for name, f in flags.items():
-        value, known = getattr(c, f.name), f.metadata["choices"]
-        if name == "--dataset" and not (value.endswith(".npz") and os.path.isfile(value)):
-            known = DATASETS
-        require(not known or value in known, f"{name} must be one of "
-                f"{', '.join(filter(None, known))}, not {value!r}{near(str(value), known)}")
-        least, most = f.metadata["least"], f.metadata["most"]
-        require(f.name not in given or f.type not in (int, float) or least <= value <= most,
-                f"{name} must be {least:g} to {most:g}, not {value}")
-    for name, fits, other in (
-            ("--w-tv", c.synthesis == "pixels", "--synthesis pixels"),
-            ("--w-rca", c.method not in ("bn", "bn+tar"), "Eq. (7) in --method"),
-            ("--w-tar", c.method not in ("bn", "bn+rca"), "Eq. (8) in --method"),
-            ("--quantile", c.init == "teacher", "--init teacher"),
-            ("--out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
-        require(fits or name not in flags or flags[name].name not in given, f"{name} needs {other}")
-    Tail(c.tail_law, side=c.tail_side)
 
 def main(argv=None):
     """Run a command.   -> exit code: 0, 1 expected failure, 2 wrong usage, 130 Ctrl-C"""
@@ -1851,13 +1780,13 @@ def main(argv=None):
         THREADS = c.threads or THREADS
         use_device(c.device)
         keep_pages()
-        result = COMMANDS[command][0](c)
+        result = COMMANDS[command](c)
     except (UserError, RuntimeError, MemoryError) as error:
         print(f"stars.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends it at once
-        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     if c.json:
         print(to_json(result))

@@ -2657,7 +2657,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     ("--method bn_rca", "did you mean bn+rca?"), ("--method star", "did you mean stars?"),
     ("--tail-law fat", "law must be"), ("--arch resnet-20", "did you mean resnet20?"),
     ("--student-arch vg11", "did you mean vgg11?"), ("--dataset cifar11", "did you mean cifar10"),
-    ("--dataset none.npz", "--dataset"), ("--device cup", "did you mean cpu?"),
+    ("--dataset none.npz", "no data set 'none.npz'"), ("--device cup", "did you mean cpu?"),
     ("--btach 64", "did you mean --batch?"), ("--nothing", "--nothing"),
     ("distil", "did you mean distill?"), ("bench --teacher x", "bench has no --teacher"),
     ("eval", "FILE"), ("eval a b", "eval has no b")])
@@ -2714,7 +2714,8 @@ def test_memory_is_compared_with_what_is_there(folder, capsys, monkeypatch):
     files = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n",
              "sys/fs/cgroup/memory.max": "max\n",
              "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
-    monkeypatch.setattr(stars, "resident", lambda key: 1000)
+    says = stars.linux_says
+    monkeypatch.setattr(stars, "linux_says", lambda key, path="": says(key, path) if path else 1000)
     write_folder(folder / "root", {name: text.encode() for name, text in files.items()})
     assert stars.memory_there(f"{folder}/root/") == 5000 << 10
     for name in [*files][1:]:
@@ -2733,7 +2734,7 @@ def test_memory_is_compared_with_what_is_there(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [("resnet8", 32, 2), ("resnet20", 16, 4), ("vgg11", 4, 1)])
 def test_the_estimate_of_memory_is_near_what_is_taken(capsys, monkeypatch, flags):
-    if not stars.resident("VmRSS"):
+    if not stars.linux_says("VmRSS:"):
         pytest.skip("no /proc here")
     argv = [a for pair in zip(("--arch", "--batch", "--T"), map(str, flags)) for a in pair]
     out = subprocess.run([sys.executable, stars.__file__, "bench", *argv, "--json"],
@@ -3177,7 +3178,7 @@ BENCHED = ("distill_step_s", "synthesis_step_s", "teacher_forward_s", "student_f
 
 def peer_bench(a):
     """What stars.bench measures, of the peer in the memory format a.format."""
-    before = stars.resident("VmRSS")
+    before = stars.linux_says("VmRSS:")
     rng, last = np.random.default_rng(0), a.format == "channels_last"
     torch.set_num_threads(a.threads)
     load = lambda shapes: peer_params(stars.init_weights(shapes, rng), last)
@@ -3218,7 +3219,7 @@ def peer_bench(a):
     values = (seconds(distill), seconds(synthesise),
               seconds(lambda: peer_forward(teacher, normal), torch.no_grad),
               seconds(lambda: peer_forward(student, normal, True), torch.no_grad),
-              (stars.resident("VmHWM") - before) / 1024)
+              (stars.linux_says("VmHWM:") - before) / 1024)
     return dict(zip(BENCHED, values))
 
 def machine():
