@@ -360,7 +360,7 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
     """z = activation(batch_norm(a) + shortcut).   first: a is (N, ...) and drives all T steps.
     Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut.
     """
-    if fast(a) and fast_can(activation, T, first, shortcut):
+    if fast(a) and fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
         return fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude,
                                     first, shortcut, train, tap, need)
     (y, running, tapped), norm_back = batch_norm(a, gamma, beta, mean, var, train, tap, need)
@@ -1813,13 +1813,12 @@ def parallel(function, n, chunk):
     """[function(i, j) for consecutive ranges of `chunk` in n], on THREADS threads, in order."""
     results = [None] * -(-n // chunk)
     todo = iter(range(len(results)))  # next() of it is atomic
-    def work():
+    def work(_=None):
         for k in todo:
             results[k] = function(k * chunk, min(n, (k + 1) * chunk))
-    futures = [_pool.submit(work) for _ in range(min(THREADS, len(results)) - 1)]
+    others = _pool.map(work, range(min(THREADS, len(results)) - 1))
     work()
-    for future in futures:
-        future.result()
+    list(others)  # waits for them, and raises what they raised
     return results
 
 def keep_pages():
@@ -1831,8 +1830,7 @@ def keep_pages():
 
 def scratch(name, shape, dtype):
     """A buffer of this thread, its content undefined."""
-    size, key = int(np.prod(shape)), (name, np.dtype(dtype).char)
-    buffers = _local.__dict__
+    size, buffers, key = math.prod(shape), _local.__dict__, (name, dtype)
     if key not in buffers or buffers[key].size < size:
         buffers[key] = np.empty(size, dtype)
     return buffers[key][:size].reshape(shape)
@@ -1842,7 +1840,7 @@ def images_a_chunk(x, chunk):
     return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes))
 
 # -- convolution: each of the two ways returns what it does with a chunk of images:
-#    forward(x, y), backward(x, dy, dx or None) -> a part of dw, and gather(sum of parts) -> dw
+#    forward(x, y), backward(x, dy, dx) -> a part of dw, and gather(sum of parts) -> dw
 
 def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
     """conv2d of section 2: Winograd for 3x3, stride 1 and even H, else im2col a chunk."""
@@ -1852,39 +1850,36 @@ def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
     chunk = images_a_chunk(x if x.size > y.size else y, chunk)
     parallel(lambda i, j: forward(x[i:j], y[i:j]), len(x), chunk)
     def back(dy):
-        dx = np.empty(x.shape, dy.dtype) if "x" in need else None
-        parts = parallel(lambda i, j: backward(x[i:j], dy[i:j], None if dx is None else dx[i:j]),
-                         len(x), chunk)
-        return dx, np.ascontiguousarray(gather(sum(parts))) if "p" in need else None
+        dx = np.empty(x.shape, dy.dtype)
+        dw = parallel(lambda i, j: backward(x[i:j], dy[i:j], dx[i:j]), len(x), chunk)
+        return (dx if "x" in need else None,
+                np.ascontiguousarray(gather(sum(dw))) if "p" in need else None)
     return y, back
 
 def _im2col(w, stride, need):
     (K, C, R, S), P, Q = w.shape, w.shape[2] // 2, w.shape[3] // 2
     flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
-    def zeros(n, H, W, _):  # images with a padding of zeros, their windows (n, h, v, R, S, C)
-        padded = scratch("padded", (n, H + 2 * P, W + 2 * Q, C), w.dtype)
-        padded[...] = 0
+    def inside(x):  # x in a padding of zeros, and the windows (n, h, v, R, S, C) of all of it
+        n, H, W, _ = x.shape
+        padded = np.zeros((n, H + 2 * P, W + 2 * Q, C), x.dtype)
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
         windows = view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
         return padded[:, P:P + H, Q:Q + W], windows
     def columns(x):
-        inner, windows = zeros(*x.shape)
+        inner, windows = inside(x)
         inner[...] = x
-        result = scratch("columns", windows.shape, w.dtype)
-        result[...] = windows
-        return result.reshape(-1, R * S * C)
+        return windows.reshape(-1, R * S * C)
     def forward(x, y):
         np.matmul(columns(x), flat, out=y.reshape(-1, K))
     def backward(x, dy, dx):
         d = dy.reshape(-1, K)
-        dw = columns(x).T @ d if "p" in need else None
-        if dx is not None:
-            inner, windows = zeros(*dx.shape)
-            dcolumns = np.matmul(d, flat.T, out=scratch("columns", (len(d), len(flat)), w.dtype))
+        if "x" in need:
+            inner, windows = inside(dx)
+            dwindows = (d @ flat.T).reshape(windows.shape)
             for r, s in np.ndindex(R, S):
-                windows[:, :, :, r, s] += dcolumns.reshape(windows.shape)[:, :, :, r, s]
+                windows[:, :, :, r, s] += dwindows[:, :, :, r, s]
             dx[...] = inner
-        return dw
+        return columns(x).T @ d if "p" in need else None
     return forward, backward, lambda dw: dw.reshape(R, S, C, K).transpose(3, 2, 0, 1)
 
 # 3x3, stride 1: Winograd's F(2, 3) down the rows (4 products for 2 rows of output, not 6). Rows lie
@@ -1892,25 +1887,22 @@ def _im2col(w, stride, need):
 # every third such line starts where the last one ends: the matrices of pixels 0, 3, 6 ..,
 # 1, 4, 7 .. and 2, 5, 8 .. are views, and nothing is expanded.
 
-def _planes(name, n, H, W, C, dtype):
-    """buffer (4, 3m + 2, C) with zero margins, and in it planes (4, n, H/2, W + 1, C)."""
-    used = n * H // 2 * (W + 1)
-    buffer = scratch(name, (4, -(-used // 3) * 3 + 2, C), dtype)
-    buffer[:, 0], buffer[:, used + 1:] = 0, 0
-    return buffer, buffer[:, 1:used + 1].reshape(4, n, H // 2, W + 1, C)
-
-def _lines(buffer, pixels):
-    """View (4, 3, m, pixels * C): line (p, i) has pixel p + 3 i and as many on both sides."""
-    m, C, size = (buffer.shape[1] - 2) // 3, buffer.shape[2], buffer.itemsize
-    strides = buffer.strides[0], C * size, 3 * C * size, size
-    first = 1 - pixels // 2
-    return np.lib.stride_tricks.as_strided(buffer[:, first:], (4, 3, m, pixels * C), strides)
-
-def _taps(x, dtype):
-    """B'x as lines of three pixels: x0 - x2, x1 + x2, x2 - x1, x1 - x3 of rows 2i - 1 .. 2i + 2."""
+def _planes(name, pixels, x):
+    """Planes (4, n, H/2, W + 1, C) for x (n, H, W, C), zeros around them, and a view of their
+    lines (4, 3, m, pixels * C): line (p, i) has pixel p + 3 i and as many on both sides."""
     n, H, W, C = x.shape
-    buffer, planes = _planes("taps", n, H, W, C, dtype)
-    odd, even = scratch("split", (2, n, H // 2 + 1, W + 1, C), dtype)
+    used = n * H // 2 * (W + 1)
+    m = -(-used // 3)
+    buffer = scratch(name, (4, 3 * m + 2, C), x.dtype)
+    buffer[:, 0], buffer[:, used + 1:] = 0, 0
+    plane, pixel, number = buffer.strides
+    return (buffer[:, 1:used + 1].reshape(4, n, H // 2, W + 1, C), np.lib.stride_tricks.as_strided(
+        buffer[:, 1 - pixels // 2:], (4, 3, m, pixels * C), (plane, pixel, 3 * pixel, number)))
+
+def _taps(x):
+    """B'x as lines of three pixels: x0 - x2, x1 + x2, x2 - x1, x1 - x3 of rows 2i - 1 .. 2i + 2."""
+    (n, H, W, C), (planes, lines) = x.shape, _planes("taps", 3, x)
+    odd, even = scratch("split", (2, n, H // 2 + 1, W + 1, C), x.dtype)
     odd[:, 0], even[:, -1], odd[:, :, -1], even[:, :, -1] = 0, 0, 0, 0
     odd[:, 1:, :-1], even[:, :-1, :-1] = x[:, 1::2], x[:, 0::2]
     x0, x1, x2, x3 = odd[:, :-1], even[:, :-1], odd[:, 1:], even[:, 1:]
@@ -1918,7 +1910,7 @@ def _taps(x, dtype):
     np.add(x1, x2, out=planes[1])
     np.subtract(x2, x1, out=planes[2])
     np.subtract(x1, x3, out=planes[3])
-    return _lines(buffer, 3)
+    return lines
 
 def _kernel(w):
     """w (K, C, 3, 3) -> (4, 1, 3C, K)."""
@@ -1927,33 +1919,33 @@ def _kernel(w):
 
 def _products(taps, kernel, y):
     """The four products m, combined to even rows m0 + m1 + m2 and odd m1 - m2 - m3 of y (A')."""
-    buffer, (m0, m1, m2, m3) = _planes("products", *y.shape, y.dtype)
-    np.matmul(taps, kernel, out=_lines(buffer, 1))
+    (m0, m1, m2, m3), lines = _planes("products", 1, y)
+    np.matmul(taps, kernel, out=lines)
     m0 += m1
     m1 -= m2
     np.add(m0[:, :, :-1], m2[:, :, :-1], out=y[:, 0::2])
     np.subtract(m1[:, :, :-1], m3[:, :, :-1], out=y[:, 1::2])
 
-def _pairs(dy, dtype):
+def _pairs(dy):
     """A dy, but for a sign, as lines of one pixel: e, e + o, e - o, o of even and odd rows."""
-    buffer, (e, total, difference, o) = _planes("pairs", *dy.shape, dtype)
+    (e, total, difference, o), lines = _planes("pairs", 1, dy)
     e[:, :, -1], o[:, :, -1] = 0, 0
     e[:, :, :-1], o[:, :, :-1] = dy[:, 0::2], dy[:, 1::2]
     np.add(e, o, out=total)
     np.subtract(e, o, out=difference)
-    return _lines(buffer, 1)
+    return lines
 
 def _winograd(w, stride, need):
     kernel = _kernel(w)
     turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1)) if "x" in need else None
     def forward(x, y):
-        _products(_taps(x, w.dtype), kernel, y)
+        _products(_taps(x), kernel, y)
     def backward(x, dy, dx):
-        taps = _taps(dy, w.dtype)
-        if dx is not None:
+        taps = _taps(dy)
+        if "x" in need:
             _products(taps, turned, dx)
         if "p" in need:  # x in place of dy, and dy of x: it gives dw turned around
-            return np.matmul(taps.swapaxes(2, 3), _pairs(x, w.dtype)).sum(1)
+            return np.matmul(taps.swapaxes(2, 3), _pairs(x)).sum(1)
     def gather(dw):
         a, b, c, d = dw
         dw = np.stack([a + (b + c) / 2, (b - c) / 2, (b + c) / 2 - d])
@@ -1962,9 +1954,9 @@ def _winograd(w, stride, need):
 
 # -- batch norm + activation: arrays as (N, D) of whole images, so that inner loops are long
 
-def _row(value, D, dtype):
-    """A number for each channel -> one for each of the D numbers of an image."""
-    return np.tile(value.astype(dtype), D // len(value))
+def _row(value, v):
+    """A number for each channel -> one for each of the D numbers of an image in v (.., D)."""
+    return np.tile(value.astype(v.dtype), v.shape[-1] // len(value))
 
 def _sum(v, C):
     """Sum of v over all but its C channels, in float64; v contiguous."""
@@ -1975,154 +1967,127 @@ def moments(y, chunk=None):
     """Mean and biased variance a channel: mean and M2 of chunks, merged exactly."""
     C, v = y.shape[-1], y.reshape(len(y), -1)
     def part(i, j):
-        d, count = scratch("a", v[i:j].shape, y.dtype), v[i:j].size // C
+        count = v[i:j].size // C
         mean = (_sum(v[i:j], C) / count).astype(y.dtype)
-        np.subtract(v[i:j], _row(mean, v.shape[1], y.dtype), out=d)
+        d = v[i:j] - _row(mean, v)
         shift = _sum(d, C)  # what rounding the mean left
-        np.multiply(d, d, out=d)
-        return count, mean + shift / count, _sum(d, C) - shift ** 2 / count
-    n, m, m2 = map(np.array, zip(*parallel(part, len(y), images_a_chunk(y, chunk))))
-    n = n[:, None]
-    mean = (n * m).sum(0) / n.sum()
-    return mean, (m2 + n * (m - mean) ** 2).sum(0) / n.sum()
+        d *= d
+        return np.full(C, count), mean + shift / count, _sum(d, C) - shift ** 2 / count
+    n, m, m2 = np.stack(parallel(part, len(y), images_a_chunk(y, chunk)), 1)
+    mean = (n * m).sum(0) / n.sum(0)
+    return mean, (m2 + n * (m - mean) ** 2).sum(0) / n.sum(0)
 
 FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
 
-def fast_can(activation, T, first, shortcut):
-    """Whether fast_norm_activation covers the case."""
+def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
+    """Whether fast_norm_activation covers the case: wrong arguments are left to the formulas."""
+    if {v.shape for v in (gamma, beta, mean, var)} != {a.shape[-1:]} or a.size == a.shape[-1]:
+        return False
     if isinstance(activation, Neuron):
-        return activation.detach_reset and not (first and shortcut is not None)
+        return (activation.detach_reset and v_th > 0 and T >= 1 and
+                (shortcut is None if first else len(a) % T == 0))
     return activation in FAST_SLOPES and T == 1
 
-def fast_norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1., amplitude=1.,
-                         first=False, shortcut=None, train=False, tap=None, need="xp", chunk=None,
-                         momentum=.1, eps=1e-5):
+def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
+                         train, tap, need="xp", chunk=None, momentum=.1, eps=1e-5):
     """norm_activation of section 4 without a pass over memory for each of its operators.
     Keeps a and z; membranes are computed again."""
     dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
-    lif_layer, v_th, sums_wanted = isinstance(activation, Neuron), float(v_th), train or "p" in need
-    expect("gamma", gamma, C)
-    expect("beta", beta, C)
-    require(v_th > 0, f"v_th must be positive, not {v_th}")
-    require(T >= 1 and (first or len(a) % T == 0), f"T must divide the {len(a)} rows, is {T}")
-    require(count > 1 or not train, "x must have more than one value a channel in train mode")
     tapped, tap_back = tap(a) if tap else (None, None)
     if train:
         mean, var = moments(a, chunk)
         running = tuple(((1 - momentum) * old + momentum * new).astype(dtype)
-                        for old, new in zip(running, (mean, var * (count / max(1, count - 1)))))
+                        for old, new in zip(running, (mean, var * (count / (count - 1)))))
     inv = 1 / np.sqrt(np.float64(var) + eps)
-    flat = a.reshape(len(a), -1)
-    v = flat.reshape(1 if first or not lif_layer else T, -1, flat.shape[1])  # (T or 1, N, D)
-    z = np.empty((T if lif_layer else 1, *v.shape[1:]), dtype)
-    sc = None if shortcut is None else shortcut.reshape(z.shape)
-    row = functools.partial(_row, D=v.shape[2], dtype=dtype)
-    scale, shift = row(gamma * inv), row(beta - gamma * inv * mean)
-    chunk_n, chunk = images_a_chunk(flat, chunk), images_a_chunk(v[0], chunk)
+    v = a.reshape(1 if first else T, -1, a[0].size)  # (T or 1, N, D)
+    z = np.empty((T, *v.shape[1:]), dtype)
+    kept = None if shortcut is None else shortcut.reshape(z.shape)
+    scale, shift = _row(gamma * inv, v), _row(beta - gamma * inv * mean, v)
+    chunk = images_a_chunk(v[0], chunk)
 
     def drive(i, j, t, out):  # batch norm and shortcut
-        np.multiply(v[t if len(v) > 1 else 0, i:j], scale, out=out)
+        np.multiply(v[t % len(v), i:j], scale, out=out)
         out += shift
-        if sc is not None:
-            out += sc[t, i:j]
-    if lif_layer:
-        lam, hard = activation.lam, activation.reset == "hard"
-        surrogate, one_image = SURROGATES[activation.surrogate][1], len(v) < T
-        def membranes(i, j, u, z=None):
-            """The membranes of neurons i:j at steps t in u[t % len(u)], and z."""
-            current = scratch("current", u.shape[1:], dtype)
+        if kept is not None:
+            out += kept[t, i:j]
+        return out
+    if isinstance(activation, Neuron):
+        lam, v_th, hard = activation.lam, float(v_th), activation.reset == "hard"
+        surrogate = SURROGATES[activation.surrogate][1]
+        def membranes(i, j):  # (T, ..) as in lif
+            u = np.empty(z[:, i:j].shape, dtype)
             for t in range(T):
-                before, now = u[(t - 1) % len(u)], u[t % len(u)]
-                if t == 0 or not one_image:
-                    drive(i, j, t, current)
+                drive(i, j, t, u[t])
                 if t == 0:
-                    np.add(current, lam * activation.v_init * v_th, out=now)
+                    u[t] += lam * activation.v_init * v_th
+                elif hard:
+                    u[t] += lam * (u[t - 1] * (u[t - 1] < v_th))
                 else:
-                    if hard:
-                        np.multiply(before, before < v_th, out=now)
-                    else:
-                        np.subtract(before, (before >= v_th) * dtype.type(v_th), out=now)
-                    now *= lam
-                    now += current
-                if z is not None:
-                    np.multiply(now >= v_th, dtype.type(amplitude), out=z[t, i:j])
+                    u[t] += lam * (u[t - 1] - (u[t - 1] >= v_th) * dtype.type(v_th))
+            return u
         def forward(i, j):
-            membranes(i, j, scratch("u", (1, *z[0, i:j].shape), dtype), z)
-        def activation_back(i, j, dz, dv):  # as back of lif
-            u, kept = scratch("u", (T, *z[0, i:j].shape), dtype), None
-            membranes(i, j, u)
-            each = scratch("du", u.shape, dtype) if one_image else dv[:, i:j]
+            np.multiply(membranes(i, j) >= v_th, dtype.type(amplitude), out=z[:, i:j])
+        def activation_back(i, j, dz, dv):
+            u = membranes(i, j)
+            each = dv[:, i:j] if len(v) == T else np.empty_like(u)
             for t in reversed(range(T)):
                 du = np.multiply(dz[t, i:j], amplitude / v_th, out=each[t])
-                x = np.multiply(u[t], 1 / v_th, out=scratch("a", du.shape, dtype))
-                x -= 1
-                du *= surrogate(x)
-                if kept is not None:
-                    if hard:
-                        kept *= u[t] < v_th
-                    du += kept
-                kept = np.multiply(du, lam, out=scratch("kept", du.shape, dtype))
-            if one_image:
+                du *= surrogate(u[t] * (1 / v_th) - 1)
+                if t < T - 1:
+                    du += dkept * (u[t] < v_th) if hard else dkept
+                dkept = lam * du
+            if len(v) < T:
                 each.sum(0, out=dv[0, i:j])
     else:
         slope = dtype.type(FAST_SLOPES[activation])
         def forward(i, j):
-            y = z[0, i:j]
-            drive(i, j, 0, y)
-            np.maximum(y, np.multiply(y, slope, out=scratch("a", y.shape, dtype)), out=y)
+            y = drive(i, j, 0, z[0, i:j])
+            np.maximum(y, y * slope, out=y)
         def activation_back(i, j, dz, dv):
             np.maximum(z[0, i:j] > 0, slope, out=dv[0, i:j])
             dv[0, i:j] *= dz[0, i:j]
     parallel(forward, v.shape[1], chunk)
 
     def back(dz):
-        dz, dv = dz.reshape(z.shape), np.empty(v.shape, dtype)
-        da = dv if sc is None else np.empty_like(dv)
+        dz, dv = dz.reshape(z.shape), np.empty_like(v)
+        da = dv if kept is None else np.empty_like(v)
         def part(i, j):
             activation_back(i, j, dz, dv)
-            sums = np.zeros((2, C))
-            if sums_wanted:
-                product = scratch("a", v[0, i:j].shape, dtype)
-                for d, x in zip(dv[:, i:j], v[:, i:j]):
-                    sums += _sum(d, C), _sum(np.multiply(d, x, out=product), C)
+            steps = zip(dv[:, i:j], v[:, i:j]) if train or "p" in need else ()
+            sums = sum(([_sum(d, C), _sum(d * x, C)] for d, x in steps), np.zeros((2, C)))
             if not train:
                 np.multiply(dv[:, i:j], scale, out=da[:, i:j])
             return sums
         dbeta, dgamma = sum(parallel(part, v.shape[1], chunk))
         dgamma = (dgamma - mean * dbeta) * inv
-        dshortcut = None if sc is None else dv.reshape(shortcut.shape)
-        dv, da = dv.reshape(flat.shape), da.reshape(flat.shape)
         if train and "x" in need:
             k = gamma * inv / count
-            linear, offset = row(-k * dgamma * inv), row(k * (dgamma * inv * mean - dbeta))
+            linear, offset = _row(-k * dgamma * inv, v), _row(k * (dgamma * inv * mean - dbeta), v)
             def finish(i, j):
-                np.multiply(dv[i:j], scale, out=da[i:j])
-                t = np.multiply(flat[i:j], linear, out=scratch("a", da[i:j].shape, dtype))
-                t += offset
-                da[i:j] += t
-            parallel(finish, len(flat), chunk_n)
+                for d, x, out in zip(dv[:, i:j], v[:, i:j], da[:, i:j]):
+                    np.multiply(d, scale, out=out)
+                    out += x * linear + offset
+            parallel(finish, v.shape[1], chunk)
         if tap:
             da += tap_back().reshape(da.shape)
         params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
-        return da.reshape(a.shape) if "x" in need else None, *params, dshortcut
+        return (da.reshape(a.shape) if "x" in need else None, *params,
+                None if kept is None else dv.reshape(shortcut.shape))
     return (z.reshape(-1, *a.shape[1:]), running, tapped), back
 
 # -- taps of the synthesis step
 
 def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     """A layer of Eq. (3) and (8).   -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
-    C, v, dtype, count = a.shape[-1], a.reshape(len(a), -1), a.dtype, a.size // a.shape[-1]
+    C, v, count = a.shape[-1], a.reshape(len(a), -1), a.size // a.shape[-1]
+    chunk = images_a_chunk(a, chunk)
     levels = [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
     pi = np.asarray(pi, np.float64)[:len(levels), None]
     slope = np.sign(gamma) / (2 * tail.tau * np.sqrt(np.float64(var) + eps))
-    row, chunk = functools.partial(_row, D=v.shape[1], dtype=dtype), images_a_chunk(a, chunk)
-    scale, shift = row(slope), row(-slope * mean)
+    scale, shift = _row(slope, v), _row(-slope * mean, v)
     def tanhs(i, j):  # sigmoid(2 x) = (1 + tanh x) / 2
-        h = np.multiply(v[i:j], scale, out=scratch("a", v[i:j].shape, dtype))
-        h += shift
-        for level in levels:
-            t = np.subtract(h, level, out=scratch("t", h.shape, dtype))
-            yield np.tanh(t, out=t)
+        h = v[i:j] * scale + shift
+        return (np.tanh(h - level) for level in levels)
     total = sum(parallel(lambda i, j: np.array([_sum(t, C) for t in tanhs(i, j)]), len(a), chunk))
     m, b = moments(a, chunk)
     e = .5 + .5 * total.reshape(len(levels), C) / count
@@ -2133,19 +2098,18 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     def back():
         dm, db = (w_bn / count * gap / (norm or 1) for gap, norm in zip(gaps, norms))
         de = w_tar * d / (pi * (1 - pi)) / max(1, d.size) * slope / count
-        linear, constant = row(2 * db), row(dm - 2 * db * m + de.sum(0))
-        rows, da = [row(-x) for x in de], np.empty_like(v)
+        linear, constant = _row(2 * db, v), _row(dm - 2 * db * m + de.sum(0), v)
+        weights, da = [_row(-x, v) for x in de], np.empty_like(v)
         def part(i, j):
             np.multiply(v[i:j], linear, out=da[i:j])
             da[i:j] += constant
-            for t, weight in zip(tanhs(i, j), rows):  # (1 - tanh^2) de
+            for t, weight in zip(tanhs(i, j), weights):  # (1 - tanh^2) de
                 t *= t
                 t *= weight
                 da[i:j] += t
         parallel(part, len(a), chunk)
         return da.reshape(a.shape)
     return (l_bn, l_tar), back
-
 
 if __name__ == "__main__":
     sys.exit(main())
