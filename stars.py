@@ -1795,7 +1795,7 @@ def main(argv=None):
 # ---- 12  Fast paths on the CPU: skip on first reading --------------------------------------------
 
 CHUNK_BYTES = 1 << 20        # of one operand of a chunk; smaller ones wait for the interpreter
-_pool, _local = ThreadPoolExecutor(64), threading.local()
+_pool = ThreadPoolExecutor(64)
 
 def cores():
     """Worker threads to use: the cores this process may use, over the threads of a BLAS call;
@@ -1827,13 +1827,6 @@ def keep_pages():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in (-4, 0), (-1, -1), (-2, 1 << 26):  # no mmap, no trim, grow by 64 MiB
             mallopt(option, value)
-
-def scratch(name, shape, dtype):
-    """A buffer of this thread, its content undefined."""
-    size, buffers, key = math.prod(shape), _local.__dict__, (name, dtype)
-    if key not in buffers or buffers[key].size < size:
-        buffers[key] = np.empty(size, dtype)
-    return buffers[key][:size].reshape(shape)
 
 def images_a_chunk(x, chunk):
     """At least four chunks if there are as many images, whatever the number of threads."""
@@ -1887,13 +1880,13 @@ def _im2col(w, stride, need):
 # every third such line starts where the last one ends: the matrices of pixels 0, 3, 6 ..,
 # 1, 4, 7 .. and 2, 5, 8 .. are views, and nothing is expanded.
 
-def _planes(name, pixels, x):
+def _planes(pixels, x):
     """Planes (4, n, H/2, W + 1, C) for x (n, H, W, C), zeros around them, and a view of their
     lines (4, 3, m, pixels * C): line (p, i) has pixel p + 3 i and as many on both sides."""
     n, H, W, C = x.shape
     used = n * H // 2 * (W + 1)
     m = -(-used // 3)
-    buffer = scratch(name, (4, 3 * m + 2, C), x.dtype)
+    buffer = np.empty((4, 3 * m + 2, C), x.dtype)
     buffer[:, 0], buffer[:, used + 1:] = 0, 0
     plane, pixel, number = buffer.strides
     return (buffer[:, 1:used + 1].reshape(4, n, H // 2, W + 1, C), np.lib.stride_tricks.as_strided(
@@ -1901,8 +1894,8 @@ def _planes(name, pixels, x):
 
 def _taps(x):
     """B'x as lines of three pixels: x0 - x2, x1 + x2, x2 - x1, x1 - x3 of rows 2i - 1 .. 2i + 2."""
-    (n, H, W, C), (planes, lines) = x.shape, _planes("taps", 3, x)
-    odd, even = scratch("split", (2, n, H // 2 + 1, W + 1, C), x.dtype)
+    (n, H, W, C), (planes, lines) = x.shape, _planes(3, x)
+    odd, even = np.empty((2, n, H // 2 + 1, W + 1, C), x.dtype)
     odd[:, 0], even[:, -1], odd[:, :, -1], even[:, :, -1] = 0, 0, 0, 0
     odd[:, 1:, :-1], even[:, :-1, :-1] = x[:, 1::2], x[:, 0::2]
     x0, x1, x2, x3 = odd[:, :-1], even[:, :-1], odd[:, 1:], even[:, 1:]
@@ -1919,7 +1912,7 @@ def _kernel(w):
 
 def _products(taps, kernel, y):
     """The four products m, combined to even rows m0 + m1 + m2 and odd m1 - m2 - m3 of y (A')."""
-    (m0, m1, m2, m3), lines = _planes("products", 1, y)
+    (m0, m1, m2, m3), lines = _planes(1, y)
     np.matmul(taps, kernel, out=lines)
     m0 += m1
     m1 -= m2
@@ -1928,7 +1921,7 @@ def _products(taps, kernel, y):
 
 def _pairs(dy):
     """A dy, but for a sign, as lines of one pixel: e, e + o, e - o, o of even and odd rows."""
-    (e, total, difference, o), lines = _planes("pairs", 1, dy)
+    (e, total, difference, o), lines = _planes(1, dy)
     e[:, :, -1], o[:, :, -1] = 0, 0
     e[:, :, :-1], o[:, :, :-1] = dy[:, 0::2], dy[:, 1::2]
     np.add(e, o, out=total)
@@ -2104,9 +2097,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
             np.multiply(v[i:j], linear, out=da[i:j])
             da[i:j] += constant
             for t, weight in zip(tanhs(i, j), weights):  # (1 - tanh^2) de
-                t *= t
-                t *= weight
-                da[i:j] += t
+                da[i:j] += t * t * weight
         parallel(part, len(a), chunk)
         return da.reshape(a.shape)
     return (l_bn, l_tar), back
