@@ -823,14 +823,12 @@ def find_dataset(name, split, data_dir):
     """Path of a data set's "train" or "test" split; None if absent. UserError: unknown name."""
     if name == "shapes" or name.endswith(".npz") and os.path.isfile(name):
         return name
-    if name not in DATASETS:
-        raise UserError(f"no data set '{name}'{nearest(name, DATASETS)}: use {', '.join(DATASETS)} "
-                        "or an existing FILE.npz")
+    demand(name in DATASETS, f"no data set '{name}'{nearest(name, DATASETS)}: use "
+                             f"{', '.join(DATASETS)} or an existing FILE.npz")
     known, archive = DATASETS[name], os.path.join(data_dir, DOWNLOADS[name][2])
     folder, parts = os.path.join(data_dir, known.folder), getattr(known, split + "_files")
-    if all(os.path.exists(os.path.join(folder, part)) for part in parts):
-        return folder
-    return archive if os.path.isfile(archive) else None
+    there = all(os.path.exists(os.path.join(folder, part)) for part in parts)
+    return folder if there else archive if os.path.isfile(archive) else None
 
 def load_dataset(name, split, data_dir, classes=None):
     """Images and labels of split "train" or "test": x (N,H,W,3) uint8, y (N,) int64.
@@ -875,8 +873,7 @@ def _load_cifar(known, split, read):
     data = [read(part, size + 1) for part in parts]
     require({*map(len, data)} == {size}, f"each of {', '.join(parts)} must have {size} bytes")
     data = np.frombuffer(b"".join(data), np.uint8).reshape(-1, record)
-    x, y = data[:, -3072:].reshape(-1, 3, 32, 32), data[:, -3073]
-    return x.transpose(0, 2, 3, 1).copy(), y
+    return data[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), data[:, -3073]
 
 def _load_tiny(known, split, read):
     """64x64 JPEGs; the classes are the WordNet ids in alphabetical order. Needs pillow."""
@@ -909,14 +906,12 @@ def draw_shapes(n, seed):
         i, j = grid[:, None] - place[0, k], grid - place[1, k]
         u = (j * np.cos(angle[k]) + i * np.sin(angle[k])) / size[k]      # right, down: turned,
         v = (i * np.cos(angle[k]) - j * np.sin(angle[k])) / size[k]      # in units of the size
-        r, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
+        p, q, r, box = abs(u), abs(v), np.hypot(u, v), np.maximum(abs(u), abs(v))
         outside = np.choose(y[k, None, None], [         # about the distance to a unit outline
-            r - .9, box - .8, np.maximum(.87 * abs(u) - .5 * v - .45, v - .6),
-            np.maximum(np.minimum(abs(u), abs(v)) - .25, box - .95), abs(r - .75) - .2,
-            abs(box - .7) - .18, np.maximum(r - .95, .75 - np.hypot(u - .4, v)),
-            np.maximum(abs(abs(v) - .5) - .2, abs(u) - .9),
-            .7 * (r - .6 - .38 * np.cos(5 * np.arctan2(u, -v))),
-            np.hypot(abs(u) - .5, abs(v) - .5) - .33])
+            r - .9, box - .8, np.maximum(.87 * p - .5 * v - .45, v - .6),
+            np.maximum(np.minimum(p, q) - .25, box - .95), abs(r - .75) - .2, abs(box - .7) - .18,
+            np.maximum(r - .95, .75 - np.hypot(u - .4, v)), np.maximum(abs(q - .5) - .2, p - .9),
+            .7 * (r - .6 - .38 * np.cos(5 * np.arctan2(u, -v))), np.hypot(p - .5, q - .5) - .33])
         cover = np.clip(.5 - outside * size[k], 0, 1)[..., None]        # edges one pixel wide
         image = back[k] + cover * (figure[k] - back[k])
         image += (slope[0, k] * i + slope[1, k] * j)[..., None] + rng.normal(0, .05, image.shape)
@@ -1009,18 +1004,16 @@ def init_weights(shapes, rng, dtype=np.float32):
 
 def write_atomic(path, content):
     """Writes bytes, or what content(file) writes: all of it or nothing. UserError: disk full ..."""
-    path = os.path.abspath(path)
-    temporary = f"{path}-{os.urandom(4).hex()}.tmp"
+    temporary = os.path.abspath(f"{path}-{os.urandom(4).hex()}.tmp")
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(os.path.dirname(temporary), exist_ok=True)
         with open(temporary, "xb") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another "
-                        "folder") from error
+        raise UserError(f"cannot write {path} ({error.strerror}): make room or take another folder")
     finally:
         with contextlib.suppress(OSError):  # it is there only if something failed
             os.unlink(temporary)
@@ -1054,11 +1047,10 @@ def read_npz(path, names=None, limit=2**29):
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         require(len(entries) == len(archive.infolist()), "it has an entry twice")
         entries = {name: entries[name] for name in names or entries}
-        require(sum(entry.file_size for entry in entries.values()) <= limit,
-                f"it expands to more than {limit >> 20} MiB")
-        for name, entry in entries.items():
-            require(entry.compress_type in (0, 8),  # Python expands bzip2 and lzma without bound
-                    f"{name} is neither stored nor deflated")
+        size = sum(entry.file_size for entry in entries.values())
+        require(size <= limit, f"it expands to more than {limit >> 20} MiB")
+        for name, entry in entries.items():  # Python expands bzip2 and lzma without bound
+            require(entry.compress_type in (0, 8), f"{name} is neither stored nor deflated")
             with archive.open(entry) as file:
                 formats.read_magic(file)
                 shape, fortran, dtype = formats.read_array_header_1_0(file)  # 2 is of structures
@@ -2067,8 +2059,6 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
         return (da.reshape(a.shape) if "x" in need else None, *params,
                 None if kept is None else dv.reshape(shortcut.shape))
     return (z.reshape(-1, *a.shape[1:]), running, tapped), back
-
-# -- taps of the synthesis step
 
 def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     """A layer of Eq. (3) and (8).   -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
