@@ -837,9 +837,8 @@ def load_dataset(name, split, data_dir, classes=None):
     source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
     if name == "shapes":
         return draw_shapes(getattr(known, split), seed=split == "test")
-    if source is None:
-        raise UserError(f"{name} is not in {data_dir}: put {DOWNLOADS[name][2]} there, packed or "
-                        f"extracted (from {known.url}), or add --download")
+    demand(source, f"{name} is not in {data_dir}: add --download, or put what is at "
+                   f"{known and known.url} there, packed or extracted")
     with reading(source, "delete it and add --download" if known else
                  f"it should hold uint8 images x_{split} (N,32,32,3) and labels y_{split} (N,)"):
         if known:
@@ -881,17 +880,16 @@ def _load_tiny(known, split, read):
         from PIL import Image
     lines = re.findall(r"^(val_[0-9]+\.JPEG)\t(n[0-9]{8})\t",
                        read("val/val_annotations.txt", 10**6).decode("latin1"), re.M)
-    files, ids = {f"val/images/{name}": c for name, c in lines}, sorted({c for _, c in lines})
+    ids, each = sorted({c for _, c in lines}), range(known.train // known.classes)
     require(len(ids) == known.classes, f"val_annotations.txt has {len(ids)} classes")
-    if split == "train":
-        files = {f"train/{c}/images/{c}_{k}.JPEG": c
-                 for c in ids for k in range(known.train // len(ids))}
+    files = ([(f"val/images/{name}", c) for name, c in lines] if split == "test" else
+             [(f"train/{c}/images/{c}_{k}.JPEG", c) for c in ids for k in each])
     x = np.empty((len(files), 64, 64, 3), np.uint8)
-    for k, name in enumerate(files):
+    for k, (name, _) in enumerate(files):
         image = Image.open(io.BytesIO(read(name, 10**5)), formats=["JPEG"])
         require(image.size == (64, 64), f"{name} is not 64x64")
         x[k] = image.convert("RGB")
-    return x, np.array([ids.index(c) for c in files.values()])
+    return x, np.array([ids.index(c) for _, c in files])
 
 def draw_shapes(n, seed):
     """n images, x (n,32,32,3) uint8, y (n,) int64 of 10 classes: disc, square, triangle, cross,
@@ -970,12 +968,11 @@ def weight_shapes(arch, classes, width=None, projection=None):
     else:
         c, last = add("conv1", "bn1", width, 3), "linear"
         for i, stage in enumerate(blocks):
-            name, k = f"layer{stage + 1}.{i - blocks.index(stage)}", width * 2 ** stage
-            add(name + ".conv1", name + ".bn1", k, c)
-            add(name + ".conv2", name + ".bn2", k, k)
-            if c != k and projection:
-                add(name + ".shortcut.0", name + ".shortcut.1", k, c, 1)
-            c = k
+            name, before = f"layer{stage + 1}.{i - blocks.index(stage)}", c
+            c = add(name + ".conv1", name + ".bn1", width * 2 ** stage, before)
+            add(name + ".conv2", name + ".bn2", c, c)
+            if c != before and projection:
+                add(name + ".shortcut.0", name + ".shortcut.1", c, before, 1)
     return shapes | {last + ".weight": (classes, c), last + ".bias": (classes,)}
 
 def generator_shapes(size=32, width=128, z_dim=256, classes=0):
@@ -1024,12 +1021,12 @@ def to_json(value):
 
 def rounded(params):
     """params as files hold them, on the host: float16 from two axes on, float32 below."""
-    stored = {k: np.array(to_host(a), np.float32, order="C") for k, a in params.items()}
-    for name, array in stored.items():
-        if not np.isfinite(array).all():
-            raise UserError(f"{name} is not finite and was not saved: lower the learning rate")
-        if array.ndim > 1 and abs(array).max(initial=0) < 65504:
-            stored[name] = array.astype(np.float16)
+    stored = {}
+    for name, array in params.items():
+        array = np.array(to_host(array), np.float32, order="C")
+        demand(np.isfinite(array).all(), f"{name} is not finite: lower the learning rate")
+        half = array.ndim > 1 and abs(array).max(initial=0) < 65504
+        stored[name] = array.astype(np.float16) if half else array
     return stored
 
 def save_weights(path, params, info):
@@ -1115,9 +1112,8 @@ def check_weights(params, expected, path="the file"):
     wrong = [f"{name} {there.get(name, 'is missing')}, not {expected.get(name, 'known')}"
              for name in sorted(expected | there, key=(expected.keys() & there).__contains__)
              if there.get(name) != expected.get(name)]
-    if wrong:
-        wrong[8:] = [f"{len(wrong) - 8} more"] * (len(wrong) > 8)
-        raise UserError(f"{path} does not fit ({'; '.join(wrong)}): check --arch and the data set")
+    wrong[8:] = [f"{len(wrong) - 8} more"] * (len(wrong) > 8)
+    demand(not wrong, f"{path} does not fit ({'; '.join(wrong)}): check --arch and the data set")
     return {name: params[name] for name in expected}
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
@@ -2084,8 +2080,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
         linear, constant = _row(2 * db, v), _row(dm - 2 * db * m + de.sum(0), v)
         weights, da = [_row(-x, v) for x in de], np.empty_like(v)
         def part(i, j):
-            np.multiply(v[i:j], linear, out=da[i:j])
-            da[i:j] += constant
+            da[i:j] = v[i:j] * linear + constant
             for t, weight in zip(tanhs(i, j), weights):  # (1 - tanh^2) de
                 da[i:j] += t * t * weight
         parallel(part, len(a), chunk)
