@@ -486,22 +486,13 @@ def forward(net, x, **mode):
     family = vgg if "classifier.weight" in net.params else resnet
     return family(net.params, x, net.activation, net.T, **mode)
 
-def _one_hot(labels, n, classes, dtype):
-    """(n, classes), from n integers."""
-    labels = to_host(labels)
-    expect("labels", labels, n)
-    require(np.isin(labels, range(classes)).all(), f"labels must be integers in 0 .. {classes - 1}")
-    return xp.asarray(np.eye(classes, dtype=dtype)[labels])
-
-def generator(params, z, labels=None, need="p", activation=leaky_relu):
+def generator(params, z, need="p", activation=leaky_relu):
     """Images from latents: linear, twice (upsample, convolve), convolve, sigmoid.
-    z (N, Z); labels (N,): integers, where fc has Z + classes columns. Batch norms in train mode.
+    z (N, Z): noise; with one-hot labels beside it, class-conditional. Batch norms in train mode.
     Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}.
     """
     expect("z", z, None, None)
-    p, grads, backs, Z = params, {}, [], z.shape[1]
-    if labels is not None:
-        z = xp.concatenate([z, _one_hot(labels, len(z), p["fc.weight"].shape[1] - Z, z.dtype)], 1)
+    p, grads, backs = params, {}, []
     def add(value, back, *names):  # an operator, and the names of its parameters
         def through(dy):
             dx, *dparams = back(dy) if names else (back(dy),)
@@ -530,7 +521,7 @@ def generator(params, z, labels=None, need="p", activation=leaky_relu):
     def back(dy):
         while backs:
             dy = backs.pop()(dy)
-        return dy[:, :Z] if "x" in need else None, grads
+        return dy, grads
     return images, back
 
 E_MAC, E_AC = 4.6e-12, 0.9e-12  # joules a float32 multiply-add, add: 45 nm (Horowitz 2014)
@@ -558,8 +549,10 @@ def bn_matching(a, mean, var):
 def class_prior(t, labels=None):
     """mean_b CE(t, y), y constant: labels (B,) or argmax t.   t (B, K).   back: dloss -> dt."""
     log_p, log_back = log_softmax(t)
-    one_hot = ((xp.arange(t.shape[1]) == t.argmax(1)[:, None]).astype(t.dtype) if labels is None
-               else _one_hot(labels, *t.shape, t.dtype))
+    y = t.argmax(1) if labels is None else xp.asarray(labels)
+    expect("labels", y, len(t))
+    one_hot = (xp.arange(t.shape[1]) == y[:, None]).astype(t.dtype)
+    require(labels is None or one_hot.sum() == len(t), f"labels must be in 0 .. {t.shape[1] - 1}")
     def back(dloss=1.0):
         return log_back(-one_hot * (dloss / len(t)))
     return -(one_hot * log_p).sum() / len(t), back  # Eq. (4)
@@ -975,14 +968,14 @@ def weight_shapes(arch, classes, width=None, projection=None):
                 add(name + ".shortcut.0", name + ".shortcut.1", c, before, 1)
     return shapes | {last + ".weight": (classes, c), last + ".bias": (classes,)}
 
-def generator_shapes(size=32, width=128, z_dim=256, classes=0):
-    """{name: shape} of the generator of size x size images; classes > 0: class-conditional.
-    The layout that CMI, Fast-Datafree and NAYER use, with width 128."""
+def generator_shapes(size=32, width=128, z_dim=256):
+    """{name: shape} of the generator of size x size images from z_dim numbers: the layout that
+    CMI, Fast-Datafree and NAYER use, with width 128."""
     require(size % 4 == 0, f"size must be a multiple of 4, not {size}")
     rows, half = width * (size // 4) ** 2, width // 2
     norms = {f"bn{i}.{part}": (k,) for i, k in enumerate((width, width, half))
              for part in ("weight", "bias")}
-    return {"fc.weight": (rows, z_dim + classes), "fc.bias": (rows,), **norms,
+    return {"fc.weight": (rows, z_dim), "fc.bias": (rows,), **norms,
             "conv1.weight": (width, width, 3, 3), "conv2.weight": (half, width, 3, 3),
             "conv3.weight": (3, half, 3, 3), "conv3.bias": (3,)}
 
@@ -1216,7 +1209,7 @@ def draw_augmentation(rng, n, pad=4):
 
 def synthesis_step(params, state, z, labels, augmentation, teacher, student, weights, tail, lr):
     """One Adam step of a generator on Eq. (9), in place.   -> images before augmentation, parts"""
-    images, images_back = generator(params, z, labels)
+    images, images_back = generator(params, z)
     x, augment_back = augment(images, *augmentation)
     parts, dx = synthesis_loss(x, teacher, student, weights, labels, tail)
     adam(params, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))

@@ -736,15 +736,16 @@ def networks_skip_gradients_and_take_taps(S):
         assert_gradient(tapped, x, tol=1e-6)
 
 def generator_case(S, size=8, classes=0, n=4, seed=0):
-    params = weights_of(S, S.generator_shapes(size, 4, 5, classes), seed)
-    return params, normal(seed + 1, (n, 5)), np.arange(n) % classes if classes else None
+    """Weights, latents, labels; of a class-conditional generator the latents end in them."""
+    z, labels = normal(seed + 1, (n, 5)), np.arange(n) % classes if classes else None
+    z = np.concatenate([z, np.eye(classes)[labels]], 1) if classes else z
+    return weights_of(S, S.generator_shapes(size, 4, z.shape[1]), seed), z, labels
 
 @checks()
 def generator_is_its_layers(S):
     for size, classes in ((8, 0), (32, 3), (64, 0)):
-        p, z, labels = generator_case(S, size, classes)
-        y = np.concatenate([z, np.eye(3)[labels]], 1) if classes else z
-        y = (y @ p["fc.weight"].T + p["fc.bias"]).reshape(len(z), 4, size // 4, size // 4)
+        p, z, _ = generator_case(S, size, classes)
+        y = (z @ p["fc.weight"].T + p["fc.bias"]).reshape(len(z), 4, size // 4, size // 4)
         y = y.transpose(0, 2, 3, 1)
         for i in range(3):
             if i:
@@ -753,17 +754,17 @@ def generator_is_its_layers(S):
             y = y * p[f"bn{i}.weight"] + p[f"bn{i}.bias"]
             y = np.where(y > 0, y, 0.2 * y) if i else y
         y = S.conv2d(y, p["conv3.weight"])[0] + p["conv3.bias"]
-        images, _ = S.generator(p, z, labels)
+        images, _ = S.generator(p, z)
         assert images.shape == (len(z), size, size, 3)
         assert_close(images, 1 / (1 + np.exp(-y)))
 
 @checks()
 def generator_gradient(S):
     for size, classes in ((8, 0), (16, 3)):
-        params, z, labels = generator_case(S, size, classes)
+        params, z, _ = generator_case(S, size, classes)
         def f(z, *values):
             p = dict(zip(params, values))
-            images, back = S.generator(p, z, labels, "xp", smooth)
+            images, back = S.generator(p, z, "xp", smooth)
             def both(d):
                 dz, grads = back(d)
                 assert grads.keys() == params.keys()
@@ -774,12 +775,12 @@ def generator_gradient(S):
 @checks()
 def a_generator_gives_the_gradients_that_are_wanted(S):
     for classes in (0, 3):
-        params, z, labels = generator_case(S, 8, classes)
+        params, z, _ = generator_case(S, 8, classes)
         d = normal(9, (4, 8, 8, 3))
-        dz, grads = S.generator(params, z, labels, "xp")[1](d)
-        only_z, none = S.generator(params, z, labels, "x")[1](d)
+        dz, grads = S.generator(params, z, "xp")[1](d)
+        only_z, none = S.generator(params, z, "x")[1](d)
         assert dz.shape == z.shape and (only_z == dz).all() and none == {}
-        only_p = S.generator(params, z, labels)[1](d)[1]
+        only_p = S.generator(params, z)[1](d)[1]
         assert only_p.keys() == params.keys() and all((only_p[k] == grads[k]).all() for k in grads)
 
 # ---- 5  Losses -----------------------------------------------------------------------------------
@@ -1054,7 +1055,7 @@ def synthesis_gradient_to_the_generator(family, classes):
         params, z, labels = generator_case(S, size, classes, seed=seed)
         offsets, flips = S.draw_augmentation(np.random.default_rng(3), len(z), 2)
         def f(*values):
-            images, back = S.generator(dict(zip(params, values)), z, labels, activation=smooth)
+            images, back = S.generator(dict(zip(params, values)), z, activation=smooth)
             images, augment_back = S.augment(images, offsets, flips, 2)
             parts, dx = S.synthesis_loss(images, teacher, student, labels=labels)
             assert parts["adv"] < 0
@@ -3020,11 +3021,9 @@ def peer_synthesis_loss(x, teacher, student, weights, y=None, tail=None, pi=None
 def peer_synthesis_step(generator, z, teacher, student, weights, crop, y=None, tail=None, pi=None):
     """-> parts, gradients of the generator, dL/d(images before augmentation), images.
 
-    y (N,): class-conditional; its one-hot rows follow z, and Eq. (4) asks for these classes.
+    y (N,): Eq. (4) asks for these classes.
     """
     p, w = peer_leaves(generator)
-    if y is not None:
-        z = torch.cat([z, F.one_hot(y, p["fc.weight"].shape[1] - z.shape[1]).to(z.dtype)], 1)
     images = peer_generator(p, z)
     parts = peer_synthesis_loss(peer_augment(images, *crop), teacher, student, weights, y, tail, pi)
     *grads, dx = torch.autograd.grad(parts["total"], [*w.values(), images])
@@ -3129,7 +3128,7 @@ def test_peer_synthesis_steps_agree(family, classes):
     teacher, student, *peers = peer_pair(family, STUDENTS[4])
     params, z, labels = generator_case(stars, FAMILIES[family][1], classes, n=6)
     crop = stars.draw_augmentation(np.random.default_rng(3), 6)
-    images, images_back = stars.generator(params, z, labels)
+    images, images_back = stars.generator(params, z)
     x, augment_back = stars.augment(images, *crop)
     parts, dx = stars.synthesis_loss(x, teacher, student, labels=labels)
     dimages = augment_back(dx)
