@@ -980,9 +980,8 @@ def generator_shapes(size=32, width=128, z_dim=256):
             "conv3.weight": (3, half, 3, 3), "conv3.bias": (3,)}
 
 def init_weights(shapes, rng, dtype=np.float32):
-    """Initial weights, drawn on the host in the order of shapes {name: shape}. Convolutions of a
-    teacher or student: He normal; linear layers and the generator: uniform within 1/sqrt(fan in),
-    as PyTorch; batch norms: 1 and 0."""
+    """Weights for {name: shape}, drawn on the host in its order: 1 and 0 for batch norms, He normal
+    for convolutions of a teacher or student, else uniform within 1/sqrt(fan in), as PyTorch."""
     def draw(name, shape):
         fan_in = np.prod(shapes.get(name.replace("bias", "weight"), shape)[1:])
         if len(shape) == 1 and fan_in == 1:  # a vector of a batch norm
@@ -1805,9 +1804,8 @@ def parallel(function, n, chunk):
 def keep_pages():
     """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in (-4, 0), (-1, -1), (-2, 1 << 26):  # no mmap, no trim, grow by 64 MiB
-            mallopt(option, value)
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 def images_a_chunk(x, chunk):
     """At least four chunks if there are as many images, whatever the number of threads."""
@@ -1815,7 +1813,6 @@ def images_a_chunk(x, chunk):
 
 # -- convolution: each of the two ways returns what it does with a chunk of images:
 #    forward(x, y), backward(x, dy, dx) -> a part of dw, and gather(sum of parts) -> dw
-
 def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
     """conv2d of section 2: Winograd for 3x3, stride 1 and even H, else im2col a chunk."""
     three = w.shape[2:] == (3, 3) and stride == 1 and x.shape[1] % 2 == 0
@@ -1833,26 +1830,23 @@ def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
 def _im2col(w, stride, need):
     (K, C, R, S), P, Q = w.shape, w.shape[2] // 2, w.shape[3] // 2
     flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
-    def inside(x):  # x in a padding of zeros, and the windows (n, h, v, R, S, C) of all of it
-        n, H, W, _ = x.shape
-        padded = np.zeros((n, H + 2 * P, W + 2 * Q, C), x.dtype)
+    margins = (0, 0), (P, P), (Q, Q), (0, 0)
+    def windows(padded):  # (n, h, v, R, S, C)
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
-        windows = view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
-        return padded[:, P:P + H, Q:Q + W], windows
+        return view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
     def columns(x):
-        inner, windows = inside(x)
-        inner[...] = x
-        return windows.reshape(-1, R * S * C)
+        return windows(np.pad(x, margins)).reshape(-1, R * S * C)
     def forward(x, y):
         np.matmul(columns(x), flat, out=y.reshape(-1, K))
     def backward(x, dy, dx):
         d = dy.reshape(-1, K)
         if "x" in need:
-            inner, windows = inside(dx)
-            dwindows = (d @ flat.T).reshape(windows.shape)
+            padded = np.pad(np.zeros_like(dx), margins)
+            into = windows(padded)
+            dwindows = (d @ flat.T).reshape(into.shape)
             for r, s in np.ndindex(R, S):
-                windows[:, :, :, r, s] += dwindows[:, :, :, r, s]
-            dx[...] = inner
+                into[:, :, :, r, s] += dwindows[:, :, :, r, s]
+            dx[...] = padded[:, P:P + dx.shape[1], Q:Q + dx.shape[2]]
         return columns(x).T @ d if "p" in need else None
     return forward, backward, lambda dw: dw.reshape(R, S, C, K).transpose(3, 2, 0, 1)
 
@@ -1945,8 +1939,7 @@ def moments(y, chunk=None):
         mean = (_sum(v[i:j], C) / count).astype(y.dtype)
         d = v[i:j] - _row(mean, v)
         shift = _sum(d, C)  # what rounding the mean left
-        d *= d
-        return np.full(C, count), mean + shift / count, _sum(d, C) - shift ** 2 / count
+        return np.full(C, count), mean + shift / count, _sum(d * d, C) - shift ** 2 / count
     n, m, m2 = np.stack(parallel(part, len(y), images_a_chunk(y, chunk)), 1)
     mean = (n * m).sum(0) / n.sum(0)
     return mean, (m2 + n * (m - mean) ** 2).sum(0) / n.sum(0)
@@ -1978,13 +1971,11 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
     kept = None if shortcut is None else shortcut.reshape(z.shape)
     scale, shift = _row(gamma * inv, v), _row(beta - gamma * inv * mean, v)
     chunk = images_a_chunk(v[0], chunk)
-
     def drive(i, j, t, out):  # batch norm and shortcut
         np.multiply(v[t % len(v), i:j], scale, out=out)
         out += shift
         if kept is not None:
             out += kept[t, i:j]
-        return out
     if isinstance(activation, Neuron):
         lam, v_th, hard = activation.lam, float(v_th), activation.reset == "hard"
         surrogate = SURROGATES[activation.surrogate][1]
@@ -2003,34 +1994,32 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
             np.multiply(membranes(i, j) >= v_th, dtype.type(amplitude), out=z[:, i:j])
         def activation_back(i, j, dz, dv):
             u = membranes(i, j)
-            each = dv[:, i:j] if len(v) == T else np.empty_like(u)
             for t in reversed(range(T)):
-                du = np.multiply(dz[t, i:j], amplitude / v_th, out=each[t])
+                du = np.multiply(dz[t, i:j], amplitude / v_th, out=dv[t, i:j])
                 du *= surrogate(u[t] * (1 / v_th) - 1)
                 if t < T - 1:
                     du += dkept * (u[t] < v_th) if hard else dkept
                 dkept = lam * du
             if len(v) < T:
-                each.sum(0, out=dv[0, i:j])
+                dv[0, i:j] = dv[:, i:j].sum(0)
     else:
         slope = dtype.type(FAST_SLOPES[activation])
         def forward(i, j):
-            y = drive(i, j, 0, z[0, i:j])
-            np.maximum(y, y * slope, out=y)
+            drive(i, j, 0, z[0, i:j])
+            np.maximum(z[0, i:j], z[0, i:j] * slope, out=z[0, i:j])
         def activation_back(i, j, dz, dv):
             np.maximum(z[0, i:j] > 0, slope, out=dv[0, i:j])
             dv[0, i:j] *= dz[0, i:j]
     parallel(forward, v.shape[1], chunk)
-
     def back(dz):
-        dz, dv = dz.reshape(z.shape), np.empty_like(v)
-        da = dv if kept is None else np.empty_like(v)
+        dz, dv = dz.reshape(z.shape), np.empty_like(z)
+        da = dv[:len(v)] if kept is None else np.empty_like(v)
         def part(i, j):
             activation_back(i, j, dz, dv)
             steps = zip(dv[:, i:j], v[:, i:j]) if train or "p" in need else ()
             sums = sum(([_sum(d, C), _sum(d * x, C)] for d, x in steps), np.zeros((2, C)))
             if not train:
-                np.multiply(dv[:, i:j], scale, out=da[:, i:j])
+                np.multiply(dv[:len(v), i:j], scale, out=da[:, i:j])
             return sums
         dbeta, dgamma = sum(parallel(part, v.shape[1], chunk))
         dgamma = (dgamma - mean * dbeta) * inv
@@ -2059,7 +2048,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     scale, shift = _row(slope, v), _row(-slope * mean, v)
     def tanhs(i, j):  # sigmoid(2 x) = (1 + tanh x) / 2
         h = v[i:j] * scale + shift
-        return (np.tanh(h - level) for level in levels)
+        return (np.tanh(t, out=t) for t in (h - level for level in levels))
     total = sum(parallel(lambda i, j: np.array([_sum(t, C) for t in tanhs(i, j)]), len(a), chunk))
     m, b = moments(a, chunk)
     e = .5 + .5 * total.reshape(len(levels), C) / count
@@ -2073,9 +2062,12 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
         linear, constant = _row(2 * db, v), _row(dm - 2 * db * m + de.sum(0), v)
         weights, da = [_row(-x, v) for x in de], np.empty_like(v)
         def part(i, j):
-            da[i:j] = v[i:j] * linear + constant
+            np.multiply(v[i:j], linear, out=da[i:j])
+            da[i:j] += constant
             for t, weight in zip(tanhs(i, j), weights):  # (1 - tanh^2) de
-                da[i:j] += t * t * weight
+                t *= t
+                t *= weight
+                da[i:j] += t
         parallel(part, len(a), chunk)
         return da.reshape(a.shape)
     return (l_bn, l_tar), back
