@@ -772,7 +772,7 @@ def cosine(step, steps, lr, warm_up=0):
 # ---- 7  Data -------------------------------------------------------------------------------------
 
 import argparse, collections, contextlib, ctypes, difflib, gzip, hashlib, io, itertools, json, math
-import pathlib, tarfile, threading, time, urllib.request, zipfile
+import pathlib, shlex, shutil, signal, tarfile, threading, time, timeit, urllib.request, zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 
 class UserError(Exception):
@@ -1110,10 +1110,6 @@ def check_weights(params, expected, path="the file"):
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
 
-import shlex, shutil, signal, timeit
-
-VERSION = 1  # of what runs compute and checkpoints hold; a checkpoint of another is refused
-
 def demand(condition, sentence):
     """Raise UserError(sentence) unless condition holds."""
     if not condition:
@@ -1124,7 +1120,14 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=np.inf):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-METHODS = ("bn", "bn+rca", "bn+tar", "stars")
+VERSION = 1  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1)}  # Eq. (7)? (8)?
+SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
+             "quick": dict(epochs=20, warm_up=5, synthesis_steps=25, distill_steps=80, batch=64),
+             "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
+STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
+          "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
+HERE = {*"data_dir download device out json quiet threads resume".split()}  # they change no number
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -1147,13 +1150,11 @@ class Config:
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb")
     batch: int = flag(0, "images a step; default by schedule")
     epochs: int = flag(0, "default by schedule", "dt")
-    schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d",
-                         ("auto", "shapes", "quick", "full"))
+    schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d", ("auto", *SCHEDULES))
     synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
     warm_up: int = flag(0, "first epochs, which only fill the pool; default by schedule", "d")
-    method: str = flag("stars", "Eq. (7), (8) or both on top of bn; all: a table of the four", "d",
-                       (*METHODS, "all"))
+    method: str = flag("stars", "Eq. (7), (8), both; all: a table", "d", (*METHODS, "all"))
     synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
     init: str = flag("teacher", "where the student starts", "d", ("teacher", "random"))
     seeds: int = flag(1, "repeat with seed, seed + 1, ...", "d")
@@ -1179,26 +1180,14 @@ class Config:
     surrogate: str = flag(Neuron.surrogate, "of Eq. (2)", "d", tuple(SURROGATES))
     quantile: float = flag(0.97, "of a layer's activations in the teacher, to be V", "d", most=1)
 
-HERE = {  # settings that change no number of a run
-    "data_dir", "download", "device", "out", "json", "quiet", "threads", "resume"}
-SCHEDULES = {  # epochs, of which warm-up; steps an epoch; batch
-    "shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
-    "quick": dict(epochs=20, warm_up=5, synthesis_steps=25, distill_steps=80, batch=64),
-    "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
-STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
-          "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
-
 def settle(c):
     """c with every "default by ..." replaced by what it stands for."""
     auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
-    schedule = c.schedule.replace("auto", auto)
-    values = SCHEDULES[schedule] | STARTS[c.init] | dict(schedule=schedule, T=4)
+    new = SCHEDULES[c.schedule.replace("auto", auto)] | STARTS[c.init] | dict(schedule=auto, T=4)
     if c.epochs:
-        values["warm_up"] = min(values["warm_up"], max(1, c.epochs // 4))
-    c = dataclasses.replace(c, **{k: v for k, v in values.items()
-                                  if getattr(c, k) == getattr(Config, k)})
-    demand(c.warm_up < c.epochs, f"--epochs {c.epochs} leaves none after a warm-up of {c.warm_up}: "
-           "take more epochs")
+        new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 4))
+    c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
+    demand(c.warm_up < c.epochs, f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
     demand(c.batch > 1, "--batch must be 2 or more: Eq. (7) compares images")
     return c
 
@@ -1214,9 +1203,9 @@ def synthesis_step(params, state, z, labels, augmentation, teacher, student, wei
     adam(params, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
     return images, parts
 
-def descend(net, state, normal, criterion, lr, weight_decay):
-    """One SGD step of net in train mode, in place; criterion: logits -> (loss, back).   -> loss"""
-    out, back = forward(net, normal, train=True, need="p")
+def train_step(net, state, x, criterion, lr, weight_decay):
+    """One SGD step, in place. x: images in [0, 1]; criterion: logits -> (loss, back).   -> loss"""
+    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
     loss, loss_back = criterion(out.logits)
     sgd(net.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
     net.params.update(out.running)
@@ -1224,123 +1213,98 @@ def descend(net, state, normal, criterion, lr, weight_decay):
 
 def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
     """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> loss"""
-    normal = normalise(x, teacher.mean, teacher.std)[0]
-    t = forward(teacher, normal, need="")[0].logits
-    return descend(student, state, normal, lambda s: distillation_loss(t, s, tau), lr, weight_decay)
+    t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")[0].logits
+    return train_step(student, state, x, lambda s: distillation_loss(t, s, tau), lr, weight_decay)
 
-def train_step(net, state, x, y, lr, weight_decay):
-    """One SGD step of an ANN on labels y (N,), in place. x: images in [0, 1].   -> loss"""
-    normal = normalise(x, net.mean, net.std)[0]
-    return descend(net, state, normal, lambda t: class_prior(t, y), lr, weight_decay)
-
-def to_device(x):
-    """uint8 images on the host -> float32 images in [0, 1] on the device."""
-    return xp.asarray(x).astype(np.float32) / 255
+def crops(rng, x):
+    """uint8 images on the host -> float32 images in [0, 1] on the device, shifted and flipped."""
+    return augment(xp.asarray(x).astype(np.float32) / 255, *draw_augmentation(rng, len(x)))[0]
 
 def predict(net, x, batch=256, measure=False):
     """Logits (N, K) on the host for uint8 images x, and the Output of each batch."""
-    outputs = [forward(net, normalise(to_device(x[i:i + batch]), net.mean, net.std)[0], need="",
-                       measure=measure)[0] for i in range(0, len(x), batch)]
+    batches = (xp.asarray(x[i:i + batch]).astype(np.float32) for i in range(0, len(x), batch))
+    outputs = [forward(net, normalise(images / 255, net.mean, net.std)[0], need="",
+                       measure=measure)[0] for images in batches]
     return np.concatenate([to_host(out.logits) for out in outputs]), outputs
 
 def evaluate(net, x, y, batch=256):
     """Accuracy and, for a spiking net, firing rates and Eq. (11), as means over uint8 images x."""
-    spiking = isinstance(net.activation, Neuron)
     logits, outputs = predict(net, x, batch, measure=True)
-    shares = [len(out.logits) / len(x) for out in outputs]
-    rates = {k: sum(w * out.rates[k] for w, out in zip(shares, outputs)) for k in outputs[0].rates}
-    joules, ann = sum(w * np.array(energy(out.costs, net.T)) for w, out in zip(shares, outputs))
+    rates = {k: sum(len(o.logits) * o.rates[k] for o in outputs) / len(x) for k in outputs[0].rates}
+    uj, ann = sum(len(o.logits) * np.array(energy(o.costs, net.T)) for o in outputs) / len(x) * 1e6
     return dict(accuracy=float((logits.argmax(1) == y).mean()), n=len(x), firing_rates=rates,
-                firing_rate=float(np.mean(list(rates.values()))) if spiking else None,
-                energy_uj=float(joules * 1e6) if spiking else None, ann_energy_uj=float(ann * 1e6))
+                firing_rate=float(np.mean([*rates.values()])) if rates else None,
+                energy_uj=float(uj) if rates else None, ann_energy_uj=float(ann))
 
 def first_student(c, rng, teacher, arch, x):
     """The student before its first step. --init teacher: the weights that fit, and V = A, for each
     layer a quantile of the teacher's activations on uint8 images x (every seventh is looked at)."""
-    classes = len(teacher.params.get("linear.bias", teacher.params.get("classifier.bias")))
-    params, found = init_weights(weight_shapes(arch, classes), rng), []
+    found = []
     def record(a):
         y = relu(a)
         found.append(max(1e-3, float(np.quantile(to_host(y[0]).ravel()[::7], c.quantile))))
         return y
-    if c.init == "teacher":
-        predict(teacher._replace(activation=record), x, len(x))
-        params |= {k: v.copy() for k, v in teacher.params.items()
-                   if k in params and v.shape == params[k].shape}
-        layers = [k for k in batch_norms(teacher.params) if "shortcut" not in k]
-        params |= {f"{layer}.{part}": V for layer, V in zip(layers, found)
-                   if layer + ".weight" in params for part in ("v_th", "amplitude")}
-    return params
+    logits, _ = predict(teacher._replace(activation=record), x, len(x))
+    params = init_weights(weight_shapes(arch, logits.shape[1]), rng)
+    if c.init == "random":
+        return params
+    fit = {k: v.copy() for k, v in teacher.params.items() if np.shape(params.get(k)) == v.shape}
+    layers = [k for k in batch_norms(teacher.params) if "shortcut" not in k]
+    return params | fit | {f"{layer}.{part}": V for layer, V in zip(layers, found)
+                           if layer + ".weight" in params for part in ("v_th", "amplitude")}
 
 def total_variation(x):
     """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
-    def pairs(x):
-        return (x[:, :-1], x[:, 1:]), (x[:, :, :-1], x[:, :, 1:])
     def back(dloss=1.0):
         dx = xp.zeros_like(x)
-        for (a, b), (da, db) in zip(pairs(x), pairs(dx)):
-            gap = (b - a) * (2 * dloss / x.size)
-            da -= gap
-            db += gap
+        for y, dy in (x, dx), (x.swapaxes(1, 2), dx.swapaxes(1, 2)):
+            gap = xp.diff(y, axis=1) * (2 * dloss / x.size)
+            dy[:, :-1] -= gap
+            dy[:, 1:] += gap
         return dx
-    return sum(((b - a) ** 2).sum() for a, b in pairs(x)) / x.size, back
+    return sum((xp.diff(x, axis=k) ** 2).sum() for k in (1, 2)) / x.size, back
 
-def synthesise(c, params, state, rng, teacher, student, weights, tail, size):
-    """One epoch of synthesis: yields (images on the device, parts of Eq. (9)): for the generator
-    after each step, for pixels x = sigmoid(v) after the last."""
+def synthesise(c, params, state, rng, nets, weights, tail, size):
+    """Yields (images on the device, parts of Eq. (9)): of each generator step, or at the end."""
     pixel_state, v = {}, xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)
     for step in range(c.synthesis_steps):
         z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
-        augmentation = draw_augmentation(rng, c.batch)
+        crop = draw_augmentation(rng, c.batch)
         if c.synthesis == "generator":
-            yield synthesis_step(params, state, z, None, augmentation, teacher, student, weights,
-                                 tail, c.lr_generator)
+            yield synthesis_step(params, state, z, None, crop, *nets, weights, tail, c.lr_generator)
             continue
         images, images_back = sigmoid(v)
-        x, augment_back = augment(images, *augmentation)
-        parts, dx = synthesis_loss(x, teacher, student, weights, None, tail)
+        x, augment_back = augment(images, *crop)
+        parts, dx = synthesis_loss(x, *nets, weights, None, tail)
         parts["tv"], tv_back = total_variation(images)
         dv = images_back(augment_back(dx) + tv_back(c.w_tv))
         adam({"v": v}, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
     if c.synthesis == "pixels":
         yield sigmoid(v)[0], parts
 
-def gradient_norms(x, teacher, student, weights, tail):
-    """{"grad_<term>": norm of dL/dx} of each term of Eq. (9) in use, at weight 1."""
-    none = Weights(0, 0, 0, 0, 0, 0)
-    return {f"grad_{k}": float(xp.sqrt((synthesis_loss(
-        x, teacher, student, dataclasses.replace(none, **{k: 1.0}), None, tail)[1] ** 2).sum()))
-        for k, weight in dataclasses.asdict(weights).items() if weight}
-
 def symptoms(teacher, x, rates):
-    """Sentences on a collapsed generator, by its images x (N, H, W, 3), and on silent layers."""
-    out, _ = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")
-    counts = np.bincount(to_host(out.logits).argmax(1))
-    signs = {f"no neuron of {layer} ever fires": rate == 0 for layer, rate in rates.items()}
-    signs |= {f"nearly all synthetic images are class {counts.argmax()}": max(counts) > .9 * len(x),
-              "the synthetic images are all the same": x.std(0).mean() < 1 / 255,
-              "the synthetic images have no content": x.std((1, 2)).mean() < 1 / 255}
-    return [sentence for sentence, seen in signs.items() if seen]
+    """Sentences on a collapsed generator, by its uint8 images x, and on silent layers."""
+    counts = np.bincount(predict(teacher, x)[0].argmax(1))
+    return [f"no neuron of {layer} ever fires" for layer, rate in rates.items() if rate == 0] + [
+        sentence for sentence, seen in (
+            (f"nearly all synthetic images are class {counts.argmax()}", max(counts) > .9 * len(x)),
+            ("the synthetic images are all the same", x.std(0).mean() < 1),
+            ("the synthetic images have no content", x.std((1, 2)).mean() < 1)) if seen]
 
 def distil(c, teacher, arch, size, folder, cost):
     """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
-
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
-    8-bit images lies in pool.bin; a sixteenth of each batch is held out, to measure agreement.
-    """
-    rng, held = np.random.default_rng(c.seed), max(1, c.batch // 16)
-    both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * (c.method in ("bn+rca", "stars")),
-                   c.w_tar * (c.method in ("bn+tar", "stars")))
-    tail, batches = Tail(c.tail_law, side=c.tail_side), (
-        1 if c.synthesis == "pixels" else c.synthesis_steps)
-    groups = dict(generator=init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng),
-                  adam={}, student={}, sgd={})
-    student = teacher._replace(params=groups["student"], T=c.T,
-                               activation=Neuron(c.lam, c.reset, c.v_init, c.surrogate))
+    8-bit images lies in pool.bin; a sixteenth of each batch is held out, to measure agreement."""
+    rng, held, on = np.random.default_rng(c.seed), max(1, c.batch // 16), METHODS[c.method]
+    both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * on[0], c.w_tar * on[1])
+    params = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng)
+    groups = dict(generator=params, adam={}, student={}, sgd={})
+    neuron, tail = Neuron(c.lam, c.reset, c.v_init, c.surrogate), Tail(c.tail_law, side=c.tail_side)
+    student = teacher._replace(params=groups["student"], T=c.T, activation=neuron)
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
-    epoch_bytes = batches * c.batch * size * size * 3
-    with open(path, "ab") as file:
-        free, need = shutil.disk_usage(folder).free + file.tell(), epoch_bytes * c.epochs
+    nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
+    need = c.epochs * batches * c.batch * size * size * 3
+    free = shutil.disk_usage(folder).free + (os.path.exists(path) and os.path.getsize(path))
     if free < need:
         raise OSError(28, f"pool.bin will take {need >> 20} MiB, {free >> 20} are free")
     def pool(epochs):
@@ -1349,137 +1313,105 @@ def distil(c, teacher, arch, size, folder, cost):
     def agreement(images):  # evaluate(student), its accuracy the share that are the teacher's class
         x = images[:, :held].reshape(-1, size, size, 3)[-2048:]
         return evaluate(student, x, predict(teacher, x, c.batch)[0].argmax(1), c.batch)
-    def plan(epoch):
-        return ({"warm-up": batches} if epoch < c.warm_up else
-                {"synthesis": batches, "distillation": c.distill_steps})
-    def work(epoch, tick):
-        warm, rates = epoch < c.warm_up, {}
+    def work(epoch, row, warnings):
+        warm = epoch < c.warm_up
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:  # what an unfinished epoch added goes
-            file.truncate(min(file.tell(), epoch * epoch_bytes))
-            for x, parts in synthesise(c, groups["generator"], groups["adam"], rng, teacher,
-                                       student, weights, tail, size):
+            file.truncate(min(file.tell(), epoch * need // c.epochs))
+            for x, parts in synthesise(c, params, groups["adam"], rng, nets, weights, tail, size):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
-                tick("warm-up" if warm else "synthesis", parts)
+                yield "warm-up" if warm else "synthesis", parts
             file.flush()
             os.fsync(file.fileno())
-        numbers, images = gradient_norms(x[:32], teacher, student, weights, tail), pool(epoch + 1)
+        row |= {f"grad_{k}": float(xp.linalg.norm(  # of each term in use, at weight 1
+            synthesis_loss(x[:32], *nets, Weights(*one), None, tail)[1]))
+            for (k, weight), one in zip(vars(weights).items(), np.eye(6).tolist()) if weight}
+        images = pool(epoch + 1)
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, arch, images[-1]))
         for step in range(0 if warm else c.distill_steps):
             i = rng.integers(len(images), size=c.batch), rng.integers(held, c.batch, c.batch)
-            crops, _ = augment(to_device(images[i]), *draw_augmentation(rng, c.batch))
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
-            tick("distillation", dict(kd=distillation_step(
-                student, groups["sgd"], crops, teacher, c.tau_kd, lr, c.weight_decay)))
-        if not warm:
-            found = agreement(images[-32:])
-            rates, numbers["agreement"] = found["firing_rates"], found["accuracy"]
-        numbers["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
-        return numbers, symptoms(teacher, x, rates)
-    rows = each_epoch(c, folder, groups, rng, teacher.params, plan, work, cost)
+            yield "distillation", dict(kd=distillation_step(student, groups["sgd"], crops(
+                rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay))
+        found = {} if warm else agreement(images[-32:])
+        row |= {"agreement": found["accuracy"]} if found else {}
+        row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
+        warnings += symptoms(teacher, images[-1], found.get("firing_rates", {}))
+    plan = [{"warm-up": batches}] * c.warm_up + [
+        {"synthesis": batches, "distillation": c.distill_steps}] * (c.epochs - c.warm_up)
+    rows = each_epoch(c, folder, groups, rng, teacher.params.values(), plan, work, cost)
     return student, agreement(pool(c.epochs))["accuracy"], pool(c.epochs), rows
 
 def train(c, net, x, y, folder):
     """Train an ANN in place on uint8 images x (N, H, W, 3), labels y (N,): SGD, crop and flip."""
     rng, groups = np.random.default_rng(c.seed + 1), dict(net=net.params, sgd={})
     steps = len(x) // c.batch
-    def work(epoch, tick):
-        order = rng.permutation(len(x))
-        for step in range(steps):
-            i = order[step * c.batch:(step + 1) * c.batch]
-            images, _ = augment(to_device(x[i]), *draw_augmentation(rng, c.batch))
-            lr = cosine(epoch * steps + step, c.epochs * steps, c.lr, min(steps, 400))
-            loss = train_step(net, groups["sgd"], images, y[i], lr, c.weight_decay)
-            tick("training", dict(loss=loss))
-        return {}, []
-    each_epoch(c, folder, groups, rng, dict(x=x, y=y), lambda epoch: dict(training=steps), work,
-               dict(training=1))
+    def work(epoch, row, warnings):
+        order = rng.permutation(len(x))[:steps * c.batch].reshape(steps, c.batch)
+        for step, i in enumerate(order, epoch * steps):
+            lr = cosine(step, c.epochs * steps, c.lr, min(steps, 400))
+            yield "step", dict(loss=train_step(net, groups["sgd"], crops(rng, x[i]), lambda t:
+                                               class_prior(t, y[i]), lr, c.weight_decay))
+    each_epoch(c, folder, groups, rng, (x, y), [dict(step=steps)] * c.epochs, work, dict(step=1))
 
 def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
-    """Run work(epoch, tick) -> numbers, warnings for each epoch that the checkpoint lacks.
-
-    groups {group: {name: array}}, rng: all that an epoch changes; inputs {name: array}: what the
-    run is made from. plan(epoch): {kind: steps}, work calls tick(kind, {name: loss}) after each;
-    cost {kind: of a step, in any unit}, to tell the time left.   -> the lines of metrics.jsonl
-    """
-    path, digest = os.path.join(folder, "checkpoint.npz"), hashlib.sha256()
-    for array in inputs.values():
-        digest.update(np.ascontiguousarray(to_host(array)))
-    settings = {k: v for k, v in dataclasses.asdict(c).items() if k not in HERE}
-    settings |= dict(version=VERSION, inputs=digest.hexdigest()[:16])
-    rows = load_checkpoint(path, groups, rng, settings)
-    start = last = time.monotonic()
-    shown, done, total = 0, 0, sum(cost[kind] * n for epoch in range(len(rows), c.epochs)
-                                   for kind, n in plan(epoch).items())
-    def left():
-        seconds = (total - done) / done * (time.monotonic() - start)
-        return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"
-    def tick(kind, losses):
-        nonlocal done, last, shown
-        now = time.monotonic()
-        done, last, spent[kind] = done + cost[kind], now, spent[kind] + now - last
-        for name, loss in losses.items():
-            history[name].append(loss)
-        if now > max(shown + 0.5, start + 2):  # seldom, as a GPU must finish its work for it
-            step, steps = len(history[name]), plan(epoch)[kind]
-            check_finite(history, epoch, path)
-            tell(c, f"epoch {epoch + 1}/{c.epochs}  {kind} {step} of {steps}, "
-                    f"{spent[kind] / step:.2g} s each, {left()}", passing=shown > 0)
-            shown = now
+    """Run the epochs that the checkpoint lacks.   -> the lines of metrics.jsonl
+    groups {group: {name: array}}, rng: all that an epoch changes; inputs: what it is made from.
+    work(epoch, row, warnings) fills both, and yields (kind, {name: loss}) after each step;
+    plan: {kind: steps} of each epoch; cost: {kind: of a step, in any unit}, for the time left."""
+    path, rows = os.path.join(folder, "checkpoint.npz"), []
+    digest = hashlib.sha256(b"".join(to_host(v).tobytes() for v in inputs)).hexdigest()
+    run = {k: v for k, v in vars(c).items() if k not in HERE} | dict(version=VERSION, inputs=digest)
+    if os.path.exists(path):
+        arrays = read_npz(path, limit=2 ** 34)
+        with reading(path, "start a new run"):
+            info = json.loads(str(arrays.pop("info")))
+            same_run(path, info["settings"], run)
+            for k, v in arrays.items():
+                group, _, name = k.partition("/")
+                groups[group][name] = xp.array(v) if v.ndim else v.item()
+            rows, rng.bit_generator.state = info["rows"], info["rng"]
+    total = sum(cost[kind] * n for steps in plan[len(rows):] for kind, n in steps.items())
+    start, shown, done = time.monotonic(), 0, 0
     for epoch in range(len(rows), c.epochs):
-        began, history, spent = last, collections.defaultdict(list), collections.Counter()
-        numbers, warnings = work(epoch, tick)
-        sums = {f"{group}/{k}": v.sum() for group in groups for k, v in groups[group].items()
-                if np.ndim(v)}
-        check_finite(history | {k: [v] for k, v in (numbers | sums).items()}, epoch, path)
-        numbers |= {k: float(sum(v)) / len(v) for k, v in history.items()}
-        for warning in {*warnings} - {*(rows[-1]["warnings"] if rows else ())}:
+        history, row, warnings, then = collections.defaultdict(list), {}, [], time.monotonic()
+        for kind, losses in work(epoch, row, warnings):
+            now, done = time.monotonic(), done + cost[kind]
+            pace = (now - start) / done  # seconds for a unit of cost
+            left = f"{pace * (total - done) / 60:.1f} min left"
+            for name, loss in losses.items():
+                history[name].append(loss)
+            if now > max(shown + 0.5, start + 2):  # seldom, as a GPU must finish its work for it
+                check_finite(history, epoch, path)
+                tell(c, f"epoch {epoch + 1}/{c.epochs}  {kind} {len(history[name])} of "
+                        f"{plan[epoch][kind]}, {pace * cost[kind]:.2g} s each, {left}", shown > 0)
+                shown = now
+        arrays = {f"{group}/{k}": to_host(v) for group in groups for k, v in groups[group].items()}
+        check_finite(history | {k: [np.sum(v)] for k, v in (row | arrays).items()}, epoch, path)
+        row |= {k: float(sum(v)) / len(v) for k, v in history.items()}
+        losses = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if "grad" not in k)
+        for warning in {*warnings}.difference(*(old["warnings"] for old in rows)):
             tell(dataclasses.replace(c, quiet=False), f"warning: {warning}")
-        last = time.monotonic()
-        took = last - began
-        rows.append(dict(epoch=epoch + 1, **numbers, warnings=warnings, seconds=took))
-        lines = "".join(to_json(row) + "\n" for row in rows)
-        write_atomic(os.path.join(folder, "metrics.jsonl"), lines.encode())
-        save_checkpoint(path, groups, rng, settings, rows)
-        losses = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items() if "grad" not in k)
-        tell(c, f"epoch {epoch + 1}/{c.epochs}  {losses}  ({took:.0f} s, {left()})")
+        rows.append(row | dict(epoch=epoch + 1, warnings=warnings, seconds=time.monotonic() - then))
+        write_atomic(f"{folder}/metrics.jsonl", "\n".join([*map(to_json, rows), ""]).encode())
+        info = to_json(dict(settings=run, rows=rows, rng=rng.bit_generator.state))
+        write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
+        tell(c, f"epoch {epoch + 1}/{c.epochs}  {losses}  ({rows[-1]['seconds']:.0f} s, {left})")
     return rows
 
 def check_finite(history, epoch, path):
     """UserError on the first value of {name: values of an epoch's steps} that is not finite."""
     for name, values in history.items():
         if not np.isfinite(float(sum(values))):
-            step = next((i for i, v in enumerate(values) if not np.isfinite(float(v))), -1)
-            raise UserError(
-                f"{name} became {float(values[step])} in epoch {epoch + 1}, step {step + 1}: start "
-                f"again with a smaller --lr; {path} holds the state after epoch {epoch}")
-
-def save_checkpoint(path, groups, rng, settings, rows):
-    """Everything that the next epochs depend on but the pool: exactly, and all or nothing."""
-    arrays = {f"{group}/{k}": to_host(v) for group in groups for k, v in groups[group].items()}
-    info = to_json(dict(settings=settings, rows=rows, rng=rng.bit_generator.state))
-    write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
-
-def load_checkpoint(path, groups, rng, settings):
-    """Fill groups and rng in place.   -> the metrics of the epochs done"""
-    if not os.path.exists(path):
-        return []
-    arrays = read_npz(path, limit=2 ** 34)
-    with reading(path, "start a new run"):
-        info = json.loads(str(arrays.pop("info")))
-        same_run(path, info["settings"], settings)
-        for k, v in arrays.items():
-            group, _, name = k.partition("/")
-            groups[group][name] = xp.array(v) if v.ndim else v.item()
-        rng.bit_generator.state = info["rng"]
-    return info["rows"]
+            k = np.isfinite([*map(float, values)]).argmin()
+            raise UserError(f"{name} became {float(values[k])} in epoch {epoch + 1}, step {k + 1}: "
+                            f"rerun at a smaller --lr; {path} holds the state after epoch {epoch}")
 
 def same_run(path, was, now):
     """UserError that lists what differs, unless all settings in now are so in was."""
     differ = [f"{k} was {was.get(k)}, not {v}" for k, v in now.items() if was.get(k) != v]
-    demand(not differ, f"{path} belongs to another run ({'; '.join(differ)}): leave out what "
-                       "differs, or start a new run")
+    demand(not differ, f"{path} is of another run ({'; '.join(differ)}): omit these or start anew")
 
 # ---- 10  Reports ---------------------------------------------------------------------------------
 
