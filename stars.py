@@ -49,8 +49,7 @@ xp = np  # the array module of every function below: numpy, or cupy after use_de
 
 def use_device(name="auto"):
     """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
-    -> "cpu" or "gpu". Raises RuntimeError where "gpu" is not there, ValueError for another name.
-    """
+    -> "cpu" or "gpu". Raises RuntimeError where "gpu" is not there, ValueError for another name."""
     global xp
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
     xp = np
@@ -89,8 +88,7 @@ def expect(name, x, *shape):
 def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
-    back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted.
-    """
+    back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted."""
     expect("x", x, None, None, None, None)
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
@@ -130,8 +128,7 @@ def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", mome
     tap: x -> (loss, back), a loss on the input of the layer; its back() is added to dx.
     Value: (y, running, tapped). running: (mean, var), in train mode updated as PyTorch does, with
     the unbiased variance (returned, not written). tapped: the loss of the tap, or None.
-    back: dy -> dx, dgamma, dbeta. Keeps the normalised x.
-    """
+    back: dy -> dx, dgamma, dbeta. Keeps the normalised x."""
     for name, vector in (("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var)):
         expect(name, vector, x.shape[-1])
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
@@ -219,8 +216,7 @@ def upsample(x):
 
 def shortcut_a(x, channels):
     """Parameter-free shortcut: every second pixel, zero channels on both sides (He et al. 2016, A).
-    x (N, H, W, C) -> y (N, ceil(H/2), ceil(W/2), channels).
-    """
+    x (N, H, W, C) -> y (N, ceil(H/2), ceil(W/2), channels)."""
     C = x.shape[3]
     require(channels >= C, f"channels must be at least {C} as in x, not {channels}")
     low = (channels - C) // 2
@@ -264,8 +260,7 @@ def normalise(x, mean, std):
 
 def augment(x, offsets, flips, pad=4):
     """Crop out of a zero-padded image, then mirror left-right.   x (N, H, W, C) -> y as x.
-    offsets (N, 2): row and column of the crop, integers in 0 .. 2 pad; flips (N,): booleans.
-    """
+    offsets (N, 2): row and column of the crop, integers in 0 .. 2 pad; flips (N,): booleans."""
     N, H, W, C = x.shape
     expect("offsets", np.asarray(offsets), N, 2)
     expect("flips", np.asarray(flips), N)
@@ -307,8 +302,7 @@ def lif(current, T, v_th=1.0, amplitude=1.0, neuron=Neuron(), spike=None):
     """Leaky integrate-and-fire over T steps: Eq. (1) forward, Eq. (2) backward through time.
     current (T*N, ...) -> z (T*N, ...) of values 0 and amplitude. v_th > 0, amplitude: numbers.
     spike: x = (u - V)/V -> s, called once a step: the Heaviside step unless a check replaces it.
-    back: dz -> dcurrent. Keeps the membrane before reset and the spikes.
-    """
+    back: dz -> dcurrent. Keeps the membrane before reset and the spikes."""
     lam, V, A, hard = float(neuron.lam), float(v_th), float(amplitude), neuron.reset == "hard"
     require(T >= 1 and len(current) % T == 0, f"T must divide the {len(current)} rows, is {T}")
     require(V > 0, f"v_th must be positive, not {V}")
@@ -358,8 +352,7 @@ class Output(NamedTuple):
 def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, amplitude=1.0,
                     first=False, shortcut=None, train=False, tap=None, need="xp"):
     """z = activation(batch_norm(a) + shortcut).   first: a is (N, ...) and drives all T steps.
-    Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut.
-    """
+    Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut."""
     if fast(a) and fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
         return fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude,
                                     first, shortcut, train, tap, need)
@@ -454,8 +447,7 @@ def resnet(params, x, activation=relu, T=1, **mode):
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
     a loss on the input a of a batch norm, see there; measure, to fill rates and costs.
-    Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}.
-    """
+    Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}."""
     def body(run, backs):
         z, back = _layer(run, "conv1", "bn1", x, first=True)
         backs.append(lambda dz: back(dz)[0])
@@ -489,8 +481,7 @@ def forward(net, x, **mode):
 def generator(params, z, need="p", activation=leaky_relu):
     """Images from latents: linear, twice (upsample, convolve), convolve, sigmoid.
     z (N, Z): noise; with one-hot labels beside it, class-conditional. Batch norms in train mode.
-    Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}.
-    """
+    Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}."""
     expect("z", z, None, None)
     p, grads, backs = params, {}, []
     def add(value, back, *names):  # an operator, and the names of its parameters
@@ -569,8 +560,7 @@ def balance(t):
 
 def adversarial(t, s):
     """-mean_b [argmax t = argmax s] KL(softmax t || softmax s), [..] constant, the mean over all B.
-    t, s (B, K).   back: dloss -> dt, ds.
-    """
+    t, s (B, K).   back: dloss -> dt, ds."""
     expect("s", s, *t.shape)
     log_t, log_s = log_softmax(t)[0], log_softmax(s)[0]
     p_t, gap = xp.exp(log_t), log_t - log_s
@@ -583,8 +573,7 @@ def adversarial(t, s):
 
 def rca(f_t, f_s):
     """Relational consistency: mean over pairs i != j of (cos(f_t,i, f_t,j) - cos(f_s,i, f_s,j))^2.
-    f_t (B, D), f_s (B, D'), B >= 2.   back: dloss -> df_t, df_s.   Ours, after arXiv 2605.27409.
-    """
+    f_t (B, D), f_s (B, D'), B >= 2.   back: dloss -> df_t, df_s.   Ours, after arXiv 2605.27409."""
     B = len(f_t)
     expect("f_s", f_s, B, None)
     require(B >= 2, "f_t must have at least 2 rows, there is no pair of images in one")
@@ -645,8 +634,7 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", ep
     a (..., C): input of a batch norm of the teacher with weight gamma, running mean and var, (C,).
     e_ck: mean soft exceedance of kappa_k by h, the normalised a, positive towards firing; h = 0
     where gamma = 0. d = e - pi; side "at-least": max(0, pi - e).   pi: a number for each kappa.
-    back: dloss -> da.   Ours, after arXiv 2605.27409.
-    """
+    back: dloss -> da.   Ours, after arXiv 2605.27409."""
     _check_tail(tau, side)
     require(len(pi) == len(kappa) and all(0 < p < 1 for p in pi),
             f"pi must be {len(kappa)} numbers between 0 and 1, not {pi}")
@@ -683,8 +671,7 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
     x (B, H, W, 3) in [0, 1], not normalised. teacher, student: Net, run in eval mode on x as the
     teacher normalises it; no student needed where weights.adv = weights.rca = 0. labels: as in
     class_prior. Returns (parts, dtotal/dx): parts has the loss of each field of Weights, not
-    weighted, 0.0 where the weight is 0, and "total". To compare terms: dx with other weights 0.
-    """
+    weighted, 0.0 where the weight is 0, and "total". To compare terms: dx with other weights 0."""
     expect("x", x, None, None, None, 3)
     require(x.dtype.kind == "f", f"x must hold floats between 0 and 1, not {x.dtype}")
     require(student is not None or not (weights.adv or weights.rca),
@@ -767,7 +754,6 @@ def cosine(step, steps, lr, warm_up=0):
         return lr * (step + 1) / warm_up
     done = min(1, (step - warm_up) / max(1, steps - warm_up))
     return 0.5 * lr * (1 + float(np.cos(np.pi * done)))
-
 
 # ---- 7  Data -------------------------------------------------------------------------------------
 
