@@ -2548,7 +2548,7 @@ def test_a_disk_that_is_too_small_is_noticed_before(folder, capsys, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1 << 20))
     code, _, err = distil(capsys, "--epochs", "100", "--out", "a")
     assert code == 1 and "pool.bin will take 4 MiB, 1 are free" in err and "--resume a" in err
-    assert {*os.listdir("a")} == {"config.json", "pool.bin"} and not os.path.getsize("a/pool.bin")
+    assert os.listdir("a") == ["config.json"]
 
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder, capsys, monkeypatch):
     for name, more in ("a", ["--seed", "1"]), ("b", ["--seed", "2", "--tau-kd", "3"]):
