@@ -2261,7 +2261,7 @@ def test_torture_memory_is_bounded_whatever_a_file_says(tmp_path):
     (many := tmp_path / "many.npz").write_bytes(entries + end)
     code = """if 1:
         import resource, stars, sys
-        stars.read_npz.__defaults__ = None, int(sys.argv[2])
+        stars.read_npz.__defaults__ = None, int(sys.argv[2]), "?"
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         before = peak()
         try:
@@ -2620,7 +2620,10 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "renamed.npz"], "conv9.weight"),
     (["--teacher", "headless.npz", "--arch", "vgg11"], "linear layer"),
     (["--teacher", "teacher.npz", "--mean", "1,2"], "--mean"),
+    (["--teacher", "teacher.npz", "--std", "0,1,1"], "its std is 0.0,1.0,1.0"),
+    (["--teacher", "teacher.npz", "--mean", "0,nan,0"], "its mean is 0.0,nan,0.0"),
     (["--teacher", "teacher.npz", "--out", "full"], "full holds another run"),
+    (["--resume", "typed"], "epochs has the wrong type"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
@@ -2643,11 +2646,16 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     stars.save_weights("renamed.npz", params, info)
     (folder / "full").mkdir()
     (folder / "full/config.json").write_text("{}")
+    (folder / "typed").mkdir()
+    (folder / "typed/config.json").write_text(json.dumps(
+        dict(command="distill", version=stars.VERSION, epochs="2")))
     code, _, err = run(capsys, *argv, "--quiet")
     assert code == 1 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
 @pytest.mark.parametrize("argv, sentence", [
-    ("--T 0", "--T must be 1 to inf, not 0"), ("--T -1", "--T must be"), ("--T 1.5", "--T"),
+    ("--T 0", "--T must be 1 to 1000, not 0"), ("--T -1", "--T must be"), ("--T 1.5", "--T"),
+    ("--lr inf", "--lr must be"), ("--v-init inf", "--v-init must be"), ("--T 1001", "--T must be"),
+    ("--z-dim " + 20 * "9", "--z-dim must be"), ("--generator-width 1", "--generator-width must be"),
     ("--batch -3", "--batch must be"), ("--lr nan", "--lr must be"), ("--lr 0", "--lr must be"),
     ("--seeds 0", "--seeds must be"), ("--tau-kd 0", "--tau-kd must be"), ("--w-bn -1", "--w-bn"),
     ("--quantile 2", "--quantile must be 0 to 1"), ("--lam 1.1", "--lam must be 0 to 1"),
