@@ -1,6 +1,6 @@
 # make run       teacher -> spiking student on CIFAR-10, without data (about 15 minutes on 2 cores)
 # make test      the gradient checks and all other tests, in a few minutes
-# make torture   the long ones: every generated mutant
+# make torture   the long ones: every generated mutant, 14,000 damaged files, 50 killed runs
 # make bench     speed, beside PyTorch where make peer installed it
 PYTHON ?= python3
 VENV := .venv
