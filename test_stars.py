@@ -2731,13 +2731,13 @@ def test_memory_is_compared_with_what_is_there(folder, capsys, monkeypatch):
         assert stars.memory_there(f"{folder}/root/") == 3000000 - 1000 * 1024
         write_folder(folder / "root", {name: b"max\n"})
     assert stars.memory_there("none/") > 1 << 59
-    monkeypatch.setattr(stars, "memory_there", lambda: 100 << 20)
+    monkeypatch.setattr(stars, "memory_there", lambda: 120 << 20)
     put_cifar10(folder, monkeypatch)
     assert distil(capsys, "--out", "a")[0] == 0
     for argv in (["--teacher", "teacher.npz", "--out", "b"], ["teacher", "--dataset", "shapes"],
                  ["bench"], ["eval", "teacher.npz"]):
         code, _, err = run(capsys, *argv, "--batch", "9000")
-        assert code == 1 and "--batch " in err and "and 100 are there: --batch" in err
+        assert code == 1 and "--batch " in err and "and 120 are there: --batch" in err
     assert not os.path.exists("b") and not os.path.exists("runs")
 
 @pytest.mark.parametrize("flags", [("resnet8", 32, 2), ("resnet20", 16, 4), ("vgg11", 4, 1)])
