@@ -763,6 +763,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class UserError(Exception):
     """An expected failure: one sentence that says what and how to mend it."""
 
+def demand(condition, sentence):
+    """Raise UserError(sentence) unless condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
 def nearest(name, known):
     """The hint " (did you mean cifar10?)" with the known name most like this one, or ""."""
     like = difflib.get_close_matches(name.lower(), known, 1)
@@ -1094,11 +1099,6 @@ def check_weights(params, expected, path="the file"):
     return {name: params[name] for name in expected}
 
 # ---- 9  Procedures -------------------------------------------------------------------------------
-
-def demand(condition, sentence):
-    """Raise UserError(sentence) unless condition holds."""
-    if not condition:
-        raise UserError(sentence)
 
 def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     """A field of Config, and a flag of the commands that begin with the letters in commands."""
