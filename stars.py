@@ -25,11 +25,7 @@ once. `need` says which are wanted, "x" for the input and "p" for the parameters
 None and cost nothing. A tap is a loss on the input of a batch norm: x -> (loss, back). Parameters
 and images have one dtype. Wrong arguments raise ValueError with a sentence that names the argument.
 """
-import dataclasses
-import functools
-import os
-import re
-import sys
+import dataclasses, functools, os, re, sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -1108,7 +1104,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
 VERSION = 1  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1)}  # Eq. (7)? (8)?
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
-             "quick": dict(epochs=20, warm_up=5, synthesis_steps=25, distill_steps=80, batch=64),
+             "quick": dict(epochs=35, warm_up=20, synthesis_steps=25, distill_steps=80, batch=64),
              "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
 STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
           "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
@@ -1140,7 +1136,7 @@ class Config:
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
     warm_up: int = flag(0, "first epochs, which only fill the pool; default by schedule", "d")
     method: str = flag("stars", "Eq. (7), (8), both; all: a table", "d", (*METHODS, "all"))
-    synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
+    synthesis: str = flag("generator", "of images", "d", ("generator", "pixels", "real"))
     init: str = flag("teacher", "where the student starts", "d", ("teacher", "random"))
     seeds: int = flag(1, "repeat with seed, seed + 1, ...", "d")
     resume: str = flag("", "go on with the run in this folder", "dt")
@@ -1170,7 +1166,7 @@ def settle(c):
     auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
     new = SCHEDULES[c.schedule.replace("auto", auto)] | STARTS[c.init] | dict(schedule=auto, T=4)
     if c.epochs:
-        new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 4))
+        new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
     demand(c.warm_up < c.epochs, f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
     demand(c.batch > 1, "--batch must be 2 or more: Eq. (7) compares images")
@@ -1244,13 +1240,17 @@ def total_variation(x):
         dx = xp.zeros_like(x)
         for y, dy in (x, dx), (x.swapaxes(1, 2), dx.swapaxes(1, 2)):
             gap = xp.diff(y, axis=1) * (2 * dloss / x.size)
-            dy[:, :-1] -= gap
-            dy[:, 1:] += gap
+            dy -= xp.diff(gap, axis=1, prepend=0, append=0)
         return dx
     return sum((xp.diff(x, axis=k) ** 2).sum() for k in (1, 2)) / x.size, back
 
 def synthesise(c, params, state, rng, nets, weights, tail, size):
     """Yields (images on the device, parts of Eq. (9)): of each generator step, or at the end."""
+    if c.synthesis == "real":  # not data-free: what the same student reaches on the training set
+        x = data_of(c, "train")[0]
+        for i in rng.integers(len(x), size=(c.synthesis_steps, c.batch)):
+            yield xp.asarray(x[i], np.float32) / 255, dict(total=0.0)
+        return
     pixel_state, v = {}, xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)
     for step in range(c.synthesis_steps):
         z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
@@ -1288,6 +1288,7 @@ def distil(c, teacher, arch, size, folder, cost):
     student = teacher._replace(params=groups["student"], T=c.T, activation=neuron)
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
+    raw = c.warm_up // 2 * batches  # what an untrained generator made is not distilled on
     need = c.epochs * batches * c.batch * size * size * 3
     free = shutil.disk_usage(folder).free + (os.path.exists(path) and os.path.getsize(path))
     if free < need:
@@ -1315,7 +1316,7 @@ def distil(c, teacher, arch, size, folder, cost):
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, arch, images[-1]))
         for step in range(0 if warm else c.distill_steps):
-            i = rng.integers(len(images), size=c.batch), rng.integers(held, c.batch, c.batch)
+            i = rng.integers(raw, len(images), c.batch), rng.integers(held, c.batch, c.batch)
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
             yield "distillation", dict(kd=distillation_step(student, groups["sgd"], crops(
                 rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay))

@@ -2450,6 +2450,30 @@ def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
     rows = [(row["method"], *row["seeds"]) for row in last_json(out)["rows"]]
     assert rows == [(m, s) for s in (0, 1) for m in ("bn", "bn+rca", "bn+tar", "stars")]
 
+def pool_of(run_folder):
+    return np.fromfile(run_folder / "pool.bin", np.uint8).reshape(-1, 8, 32, 32, 3)
+
+def test_synthesis_real_takes_its_images_from_the_training_set(folder, capsys):
+    code, _, err = distil(capsys, "--synthesis", "real", "--out", "without")
+    assert code == 1 and "cifar10 is not in data" in err
+    x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
+    np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    code, out, _ = distil(capsys, "--synthesis", "real", "--dataset", "mine.npz", "--out", "with",
+                          "--mean", ".5,.5,.5", "--std", ".2,.2,.2", "--json")
+    assert code == 0 and last_json(out)["n"] == 20
+    known = {image.tobytes() for image in x}
+    images = {image.tobytes() for batch in pool_of(folder / "with") for image in batch}
+    assert images <= known and len(images) > 10
+
+def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
+    seen, crops = [], stars.crops
+    monkeypatch.setattr(stars, "crops", lambda rng, x: (seen.extend(x.copy()), crops(rng, x))[1])
+    assert distil(capsys, "--epochs", "5", "--warm-up", "3", "--distill-steps", "40",
+                  "--out", "run")[0] == 0
+    pool, seen = pool_of(folder / "run"), {image.tobytes() for image in seen}
+    used = [[image.tobytes() in seen for image in batch] for batch in pool]
+    assert not np.any(used[:2]) and np.all(np.any(used[2:], 1))  # 2 batches an epoch
+
 @pytest.mark.parametrize("more", [("--synthesis", "pixels", "--w-tv", "1"), ("--init", "random"),
                                   ("--student-arch", "vgg11", "--T", "1"), ("--surrogate", "atan")])
 def test_variants_run(folder, capsys, more):
