@@ -68,10 +68,10 @@ def fast(x):
     """Whether section 12 computes in place of the formulas: float32 on the CPU."""
     return xp is np and x.dtype == np.float32
 
-def require(condition, sentence):
-    """Raise ValueError(sentence) unless condition holds."""
+def require(condition, sentence, error=ValueError):
+    """Raise error(sentence) unless condition holds."""
     if not condition:
-        raise ValueError(sentence)
+        raise error(sentence)
 
 def expect(name, x, *shape):
     """Raise ValueError unless the array called name has this shape; None stands for any size."""
@@ -759,10 +759,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class UserError(Exception):
     """An expected failure: one sentence that says what and how to mend it."""
 
-def demand(condition, sentence):
-    """Raise UserError(sentence) unless condition holds."""
-    if not condition:
-        raise UserError(sentence)
+demand = functools.partial(require, error=UserError)
 
 def nearest(name, known):
     """The hint " (did you mean cifar10?)" with the known name most like this one, or ""."""
@@ -795,8 +792,6 @@ DATASETS = {  # numbers of classes, rows, images; mean and std of training pixel
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
         "tiny-imagenet-200", ["val", "train"], ["val"]),
     "shapes": Dataset(10, 32, 10000, 2000, (.5, .5, .5), (.29, .29, .29))}
-DOWNLOADS = {name: (known.url, known.md5, os.path.basename(known.url), 260_000_000)
-             for name, known in DATASETS.items() if known.url}  # the last: most bytes to accept
 
 def find_dataset(name, split, data_dir):
     """Path of a data set's "train" or "test" split; None if absent. UserError: unknown name."""
@@ -804,7 +799,7 @@ def find_dataset(name, split, data_dir):
         return name
     demand(name in DATASETS, f"no data set '{name}'{nearest(name, DATASETS)}: use "
                              f"{', '.join(DATASETS)} or an existing FILE.npz")
-    known, archive = DATASETS[name], os.path.join(data_dir, DOWNLOADS[name][2])
+    known, archive = DATASETS[name], os.path.join(data_dir, os.path.basename(DATASETS[name].url))
     folder, parts = os.path.join(data_dir, known.folder), getattr(known, split + "_files")
     there = all(os.path.exists(os.path.join(folder, part)) for part in parts)
     return folder if there else archive if os.path.isfile(archive) else None
@@ -1101,7 +1096,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 1  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 2  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1)}  # Eq. (7)? (8)?
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=35, warm_up=20, synthesis_steps=25, distill_steps=80, batch=64),
@@ -1144,7 +1139,7 @@ class Config:
     w_oh: float = flag(Weights.oh, "weight of Eq. (4)", "d")
     w_bal: float = flag(Weights.bal, "weight of Eq. (5)", "d")
     w_adv: float = flag(Weights.adv, "weight of Eq. (6)", "d")
-    w_rca: float = flag(Weights.rca, "weight of Eq. (7)", "d")
+    w_rca: float = flag(Weights.rca, "weight of Eq. (7), in (9) and in (10)", "d")
     w_tar: float = flag(Weights.tar, "weight of Eq. (8)", "d")
     w_tv: float = flag(0.0, "weight of the total variation, pixels only", "d")
     tail_law: str = flag(Tail.law, f"target of Eq. (8): {', '.join(TAIL_LAWS)}, or numbers", "d")
@@ -1185,17 +1180,23 @@ def synthesis_step(params, state, z, labels, augmentation, teacher, student, wei
     return images, parts
 
 def train_step(net, state, x, criterion, lr, weight_decay):
-    """One SGD step, in place. x: images in [0, 1]; criterion: logits -> (loss, back).   -> loss"""
+    """One SGD step, in place. x: images in [0, 1]; criterion: Output -> pairs (loss, back), the
+    first of its logits, one more, if any, of its features.   -> sum of the losses"""
     out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
-    loss, loss_back = criterion(out.logits)
-    sgd(net.params, back(loss_back())[1], state, lr, nesterov=True, weight_decay=weight_decay)
+    losses, backs = zip(*criterion(out))
+    grads = back(*(loss_back() for loss_back in backs))[1]
+    sgd(net.params, grads, state, lr, nesterov=True, weight_decay=weight_decay)
     net.params.update(out.running)
-    return loss
+    return sum(losses)
 
-def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4):
+def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0):
     """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> loss"""
-    t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")[0].logits
-    return train_step(student, state, x, lambda s: distillation_loss(t, s, tau), lr, weight_decay)
+    t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")[0]
+    def criterion(s):
+        relations, back = rca(t.features, s.features)
+        yield distillation_loss(t.logits, s.logits, tau)
+        yield w_rca * relations, lambda: back(w_rca)[1]
+    return train_step(student, state, x, criterion, lr, weight_decay)
 
 def crops(rng, x):
     """uint8 images on the host -> float32 images in [0, 1] on the device, shifted and flipped."""
@@ -1237,11 +1238,8 @@ def first_student(c, rng, teacher, arch, x):
 def total_variation(x):
     """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
     def back(dloss=1.0):
-        dx = xp.zeros_like(x)
-        for y, dy in (x, dx), (x.swapaxes(1, 2), dx.swapaxes(1, 2)):
-            gap = xp.diff(y, axis=1) * (2 * dloss / x.size)
-            dy -= xp.diff(gap, axis=1, prepend=0, append=0)
-        return dx
+        gaps = (xp.diff(xp.diff(x, axis=k), axis=k, prepend=0, append=0) for k in (1, 2))
+        return sum(gaps) * (-2 * dloss / x.size)
     return sum((xp.diff(x, axis=k) ** 2).sum() for k in (1, 2)) / x.size, back
 
 def synthesise(c, params, state, rng, nets, weights, tail, size):
@@ -1273,8 +1271,8 @@ def symptoms(teacher, x, rates):
     return [f"no neuron of {layer} ever fires" for layer, rate in rates.items() if rate == 0] + [
         sentence for sentence, seen in (
             (f"nearly all synthetic images are class {counts.argmax()}", max(counts) > .9 * len(x)),
-            ("the synthetic images are all the same", x.std(0).mean() < 1),
-            ("the synthetic images have no content", x.std((1, 2)).mean() < 1)) if seen]
+            ("the synthetic images are all the same, or have no content",
+             min(x.std(0).mean(), x.std((1, 2)).mean()) < 1)) if seen]
 
 def distil(c, teacher, arch, size, folder, cost):
     """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
@@ -1319,7 +1317,7 @@ def distil(c, teacher, arch, size, folder, cost):
             i = rng.integers(raw, len(images), c.batch), rng.integers(held, c.batch, c.batch)
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
             yield "distillation", dict(kd=distillation_step(student, groups["sgd"], crops(
-                rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay))
+                rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay, both.rca))
         found = {} if warm else agreement(images[-32:])
         row |= {"agreement": found["accuracy"]} if found else {}
         row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
@@ -1338,8 +1336,8 @@ def train(c, net, x, y, folder):
         order = rng.permutation(len(x))[:steps * c.batch].reshape(steps, c.batch)
         for step, i in enumerate(order, epoch * steps):
             lr = cosine(step, c.epochs * steps, c.lr, min(steps, 400))
-            yield "step", dict(loss=train_step(net, groups["sgd"], crops(rng, x[i]), lambda t:
-                                               class_prior(t, y[i]), lr, c.weight_decay))
+            yield "step", dict(loss=train_step(net, groups["sgd"], crops(rng, x[i]), lambda out:
+                                               [class_prior(out.logits, y[i])], lr, c.weight_decay))
     each_epoch(c, folder, groups, rng, (x, y), [dict(step=steps)] * c.epochs, work, dict(step=1))
 
 def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
@@ -1435,7 +1433,8 @@ def run_bench(c):
     t, s = check_memory(c, B, 32, ann, snn)
     x, z = (xp.asarray(rng.random(shape, np.float32)) for shape in ((B, 32, 32, 3), (B, c.z_dim)))
     result = dict(
-        distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05),
+        distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05,
+                                                 w_rca=Weights.rca),
         synthesis_step_s=lambda: synthesis_step(params, moments, z, None, crop, ann, snn, Weights(),
                                                 Tail(), 1e-3),
         teacher_forward_s=lambda: forward(ann, x, need=""),
@@ -1522,10 +1521,10 @@ def shipped(c):
 def data_of(c, split, classes=None):
     """(x, y) of c.dataset, fetched first where it is missing and --download was given."""
     if c.download and find_dataset(c.dataset, split, c.data_dir) is None:
-        url, md5, name, limit = DOWNLOADS[c.dataset]
+        url, md5 = DATASETS[c.dataset].url, DATASETS[c.dataset].md5
         tell(c, f"downloading {url}")
-        download(url, md5, f"{c.data_dir}/{name}", limit, lambda done, total: tell(
-            c, f"{done >> 20} of {total >> 20} MiB", passing=True))
+        download(url, md5, f"{c.data_dir}/{os.path.basename(url)}", 260_000_000, lambda done, total:
+                 tell(c, f"{done >> 20} of {total >> 20} MiB", passing=True))
     return load_dataset(c.dataset, split, c.data_dir, classes)
 
 def measured(c, classes, *nets):

@@ -1071,17 +1071,14 @@ for _family, _classes in zip(FAMILIES, (0, 3, 0, 3)):
     synthesis_gradient_to_the_generator(_family, _classes)
 
 def distillation_gradient(family):
+    """Eq. (10) with Eq. (7) in it: what a first step of SGD moves the weights by, lr = 1."""
     def check(S):
-        student, x = pair_of(S, family)[1], images_of(family, 4)
-        names, t = trainable(student.params), normal(3, (4, 3))
+        (teacher, student), x = pair_of(S, family), images_of(family, 4)
+        names = trainable(student.params)
         def f(*values):
-            net = student._replace(params={**student.params, **dict(zip(names, values))})
-            out, back = S.forward(net, x, train=True, need="p")
-            loss, loss_back = S.distillation_loss(t, out.logits)
-            def both(d):
-                grads = back(loss_back(d))[1]
-                return [grads[name] for name in names]
-            return loss, both
+            new = {**student.params, **{name: v.copy() for name, v in zip(names, values)}}
+            loss = S.distillation_step(student._replace(params=new), {}, x, teacher, 4., 1., 0., 3.)
+            return loss, lambda d: [d * (v - new[name]) / 1.9 for name, v in zip(names, values)]
         assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
     check.__name__ = "distillation_gradient_" + family.replace(" ", "_")
     return checks()(check)
@@ -1300,6 +1297,7 @@ def test_without_numpy_it_ends_in_one_sentence(monkeypatch):
 # ---- 8  Mutants ----------------------------------------------------------------------------------
 
 SPEC = SOURCE[:SOURCE.index("# ---- 7  ")]  # sections 0 to 6
+PROCEDURES = SOURCE[SOURCE.index("# ---- 9  "):SOURCE.index("# ---- 10  ")]
 FAST = SOURCE[SOURCE.index("# ---- 12  "):]
 
 def mutant(tree_or_source):
@@ -1414,6 +1412,8 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("share = gamma.size / channels", "share = 1 / len(layers)", "synthesis_parts_are_the_losses"),
     ("tau ** 2 * (p_t", "(p_t", "distillation_is_equation_10"),
     ("dloss * tau / len(t)", "dloss / len(t)", "distillation_is_equation_10"),
+    ("w_rca * relations", "relations", "distillation_gradient_option_A"),
+    ("back(w_rca)[1]", "back(w_rca)[0]", "distillation_gradient_option_A"),
     ("E_AC * accumulates", "E_MAC * accumulates", "students_and_energy_are_their_simulation"),
     ("g + momentum * v if nesterov else v", "v", "sgd_is_its_formula"),
     ("g = g + weight_decay * params[name]", "pass", "sgd_is_its_formula"),
@@ -1451,8 +1451,10 @@ FAST_MUTANTS = [  # as above, of section 12
 @pytest.mark.parametrize("i", range(len(MUTANTS) + len(FAST_MUTANTS)))
 def test_a_mutant_is_killed(i, score):
     old, new, check = (MUTANTS + FAST_MUTANTS)[i]
-    assert (SPEC if i < len(MUTANTS) else FAST).count(old) == 1 and new != old
-    before, part, after = SOURCE.partition(SPEC if i < len(MUTANTS) else FAST)
+    texts = (SPEC, PROCEDURES) if i < len(MUTANTS) else (FAST,)
+    where = next(text for text in texts if old in text)
+    assert where.count(old) == 1 and new != old
+    before, part, after = SOURCE.partition(where)
     changed = before + part.replace(old, new) + after
     score.append(killed_by(mutant(changed), [check]) == check)
     assert score[-1]
@@ -1783,7 +1785,7 @@ def write_folder(root, files):
 def write_tar(root, name, members):
     """members: pairs of a name or a TarInfo, and bytes."""
     root.mkdir(exist_ok=True)
-    path = root / stars.DOWNLOADS[name][2]
+    path = root / os.path.basename(stars.DATASETS[name].url)
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for info, data in members:
             info = tarfile.TarInfo(info) if isinstance(info, str) else info
@@ -2420,8 +2422,8 @@ def put_cifar10(folder, monkeypatch, n=50):
     (path / "test_batch.bin").write_bytes(records.tobytes())
 
 def test_the_student_is_the_same_with_and_without_a_test_set(folder, capsys, monkeypatch):
-    monkeypatch.setitem(stars.DOWNLOADS, "cifar10",
-                        ("http://127.0.0.1:9/none", "0" * 32, "none.tar.gz", 1000))
+    monkeypatch.setitem(stars.DATASETS, "cifar10", stars.DATASETS["cifar10"]._replace(
+        url="http://127.0.0.1:9/none.tar.gz"))
     code, out, _ = distil(capsys, "--out", "without", "--download", "--json")
     row = last_json(out)
     assert code == 0 and row["accuracy"] is None and 0 <= row["agreement"] <= 1
@@ -2725,9 +2727,10 @@ def test_collapse_and_silent_layers_are_noticed(folder, capsys, monkeypatch):
     teacher, x = stars.Net(stars.load_weights("teacher.npz")[0]), np.random.default_rng(0)
     x = x.integers(0, 256, (64, 32, 32, 3), np.uint8)
     assert stars.symptoms(teacher, x * 0 + 128, {"bn1": .1})[1:] == [
-        "the synthetic images are all the same", "the synthetic images have no content"]
-    assert "no content" not in str(stars.symptoms(teacher, x[:1].repeat(9, 0), {}))
-    assert "the same" not in str(stars.symptoms(teacher, 0 * x + x[:, :1, :1], {}))
+        "the synthetic images are all the same, or have no content"]
+    assert "no content" in str(stars.symptoms(teacher, x[:1].repeat(9, 0), {}))
+    assert "no content" in str(stars.symptoms(teacher, 0 * x + x[:, :1, :1], {}))
+    assert "no content" not in str(stars.symptoms(teacher, x, {}))
     weights = teacher.params | {"linear.weight": np.eye(10, 16, dtype="f4") * 0,
                                 "linear.bias": np.eye(10, dtype="f4")[7]}
     assert stars.symptoms(stars.Net(weights), x, {"bn1": 0, "bn2": .1}) == [
@@ -3062,14 +3065,14 @@ def peer_synthesis_step(generator, z, teacher, student, weights, crop, y=None, t
     parts = {k: v.detach() for k, v in parts.items()}
     return parts, dict(zip(w, grads)), dx, images.detach()
 
-def peer_distillation_step(images, teacher, student, tau, crop):
+def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0.):
     """images (N, 3, H, W) in [0, 1] -> loss, gradients of the student, its running statistics."""
     p, w = peer_leaves(student.params)
     with torch.no_grad():
         x = peer_normalise(peer_augment(images, *crop), teacher)
-        t, _, _ = peer_forward(teacher, x)
-    s, _, running = peer_forward(student._replace(params=p), x, train=True)
-    loss = tau ** 2 * peer_kl(t / tau, s / tau).mean()  # Eq. (10)
+        t, f_t, _ = peer_forward(teacher, x)
+    s, f_s, running = peer_forward(student._replace(params=p), x, train=True)
+    loss = tau ** 2 * peer_kl(t / tau, s / tau).mean() + w_rca * peer_rca(f_t, f_s)  # Eq. (10)
     return loss.detach(), dict(zip(w, torch.autograd.grad(loss, list(w.values())))), running
 
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed: make peer")
@@ -3183,8 +3186,10 @@ def test_peer_distillation_steps_agree(family):
         t, _ = stars.forward(teacher, cropped, need="")
         s, back = stars.forward(student, cropped, train=True, need="p")
         loss, loss_back = stars.distillation_loss(t.logits, s.logits, 2.5)
-        theirs = peer_distillation_step(peer_images(x), *peers, 2.5, crop)
-        for ours, other in zip((loss, back(loss_back())[1], s.running), theirs, strict=True):
+        relations, rca_back = stars.rca(t.features, s.features)
+        grads = back(loss_back(), rca_back(3.)[1])[1]
+        theirs = peer_distillation_step(peer_images(x), *peers, 2.5, crop, 3.)
+        for ours, other in zip((loss + 3 * relations, grads, s.running), theirs, strict=True):
             assert_agree(ours, other)
 
 @needs_torch
@@ -3229,7 +3234,8 @@ def peer_bench(a):
         optimiser.step()
 
     def distill():
-        _, grads, running = peer_distillation_step(pool, teacher, student, 4., crop)
+        _, grads, running = peer_distillation_step(pool, teacher, student, 4., crop,
+                                                   stars.Weights().rca)
         update(sgd, grads)
         student.params.update(running)
 
@@ -3304,7 +3310,141 @@ def bench(argv):
         print(f"{k:18} {medians['stars.py'][k]:9.4g} {medians[best][k]:9.4g} "
               f"{np.median(ratios):7.2f}  {' '.join(f'{r:.2f}' for r in ratios)}")
 
+# ---- the ablation: python test_stars.py ablation ------------------------------------------------
+
+def ablation_run(cells, flags, jobs):
+    """Each cell {folder: its flags} in a process of its own, `jobs` at once; what is done stays
+    done, what is begun is resumed. The student of each epoch goes to FOLDER/after-<epoch>.npz."""
+    waiting, running, seen = [*cells], {}, {}
+    threads = ["--threads", str(max(1, stars.cores() // jobs))]
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            folder = waiting.pop(0)
+            if not (folder / "summary.json").exists():
+                begun = (folder / "config.json").exists()
+                more = ["--resume", folder] if begun else [*flags, *cells[folder], "--out", folder]
+                running[folder] = subprocess.Popen([sys.executable, stars.__file__, *map(str, more),
+                                                    *threads], stdout=subprocess.DEVNULL)
+        time.sleep(1)
+        for folder, process in [*running.items()]:
+            code, path = process.poll(), folder / "checkpoint.npz"
+            if path.exists() and seen.get(folder) != path.stat().st_mtime_ns:
+                seen[folder] = path.stat().st_mtime_ns
+                with np.load(path) as arrays:
+                    epoch = len(json.loads(str(arrays["info"]))["rows"])
+                    student = {k[8:]: arrays[k] for k in arrays.files if k.startswith("student/")}
+                if student:
+                    np.savez(folder / f"after-{epoch}.npz", **student)
+            if code is not None:
+                del running[folder]
+                print(folder, f"failed with code {code}" if code else "is done", flush=True)
+
+def layer_exceedances(teacher, x, tail=stars.Tail()):
+    """Mean soft exceedance of uint8 images x over each kappa, (layers, kappas), as in Eq. (8)."""
+    found = []
+    def tap(layer, a):
+        gamma, mean, var = (teacher.params[f"{layer}.{part}"] for part in
+                            ("weight", "running_mean", "running_var"))
+        h = np.sign(gamma) * (a - mean) / np.sqrt(var + 1e-5)
+        found.append([float((0.5 + 0.5 * np.tanh((h - k) / (2 * tail.tau))).mean())
+                      for k in tail.kappa])
+        return None, lambda: 0
+    images = x.astype(np.float32) / 255
+    stars.forward(teacher, stars.normalise(images, teacher.mean, teacher.std)[0], tap=tap, need="x")
+    return found
+
+def cell_settings(folder):
+    """The settings and the teacher of a run."""
+    settings = json.loads((folder / "config.json").read_text())
+    c = stars.Config(**{k: v for k, v in settings.items() if hasattr(stars.Config, k)})
+    return stars.settle(c), stars.load_net(c, c.teacher or stars.shipped(c))[0]
+
+def ablation_row(folder, curve, real):
+    """All that is known of a cell that is done; curve: test images for each point of its curve."""
+    (c, teacher), row = cell_settings(folder), json.loads((folder / "summary.json").read_text())
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    student = teacher._replace(T=c.T, activation=stars.Neuron(c.lam, c.reset, c.v_init,
+                                                              c.surrogate))
+    row |= dict(images_seen=epochs[-1]["images_seen"], epochs=epochs, curve=[], folder=str(folder),
+                method="real" if c.synthesis == "real" else c.method)
+    size = real[0].shape[1]
+    pool = np.memmap(folder / "pool.bin", np.uint8, "r").reshape(-1, size, size, 3)
+    row["exceedances"] = layer_exceedances(teacher, pool[-512:])
+    for epoch in epochs[c.warm_up:] if curve else ():
+        with np.load(folder / f"after-{epoch['epoch']}.npz") as arrays:
+            net = student._replace(params=stars.on_device(dict(arrays)))
+        found = stars.evaluate(net, real[0][:curve], real[1][:curve])
+        row["curve"].append((epoch["images_seen"], found["accuracy"]))
+    return row
+
+def ablation_table(rows):
+    """Lines of the table: mean and values of each method, its paired differences to bn."""
+    accuracy = {(row["method"], *row["seeds"]): 100 * row["accuracy"] for row in rows}
+    yield "| method | accuracy, % | of each seed | minus bn | mean | firing rate, % | energy, uJ |"
+    yield "|---|---|---|---|---|---|---|"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        values = {row["seeds"][0]: 100 * row["accuracy"] for row in mine}
+        gaps = [v - accuracy["bn", seed] for seed, v in values.items()
+                if ("bn", seed) in accuracy and method != "bn"]
+        error = f" ± {np.std(gaps, ddof=1) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else ""
+        yield (f"| {method} | {np.mean([*values.values()]):.2f} | "
+               f"{', '.join(f'{v:.2f}' for v in values.values())} | "
+               f"{', '.join(f'{gap:+.2f}' for gap in gaps)} | "
+               f"{f'{np.mean(gaps):+.2f}{error}' if gaps else ''} | "
+               f"{100 * np.mean([row['firing_rate'] for row in mine]):.1f} | "
+               f"{np.mean([row['energy_uj'] for row in mine]):.1f} |")
+
+def ablation_figure(rows, real, path):
+    """Accuracy against images seen; exceedances, layer by layer, beside those of real images."""
+    from matplotlib import figure
+    page = figure.Figure(figsize=(15, 3.6), layout="constrained")
+    axes = page.subplots(1, 4)
+    axes[0].set(xlabel="images seen", ylabel="test accuracy, %")
+    methods = [*dict.fromkeys(row["method"] for row in rows)]
+    for row in rows:
+        style = dict(color=f"C{methods.index(row['method'])}",
+                     label=row["method"] if row["seeds"] == rows[0]["seeds"] else None)
+        if row["curve"]:
+            axes[0].plot(*zip(*((n, 100 * v) for n, v in row["curve"])), **style)
+        for k, axis in enumerate(axes[1:]):
+            axis.plot([e[k] / r[k] for e, r in zip(row["exceedances"], real)], **style)
+    for k, axis in enumerate(axes[1:]):
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xlabel="batch norm of the teacher, from the input",
+                 title=f"exceedance of {stars.Tail.kappa[k]} sd, real images = 1", ylim=(0, 1.6))
+    axes[0].legend()
+    page.savefig(path, dpi=110)
+
+def ablation(argv):
+    """The table of methods and seeds, --jobs runs at a time; all other flags go to stars.py."""
+    cli = argparse.ArgumentParser(prog="test_stars.py ablation", allow_abbrev=False)
+    for name, value, about in (
+            ("runs", "runs/ablation", "folder of the runs"), ("seeds", "1,2", ""),
+            ("methods", "bn,bn+rca,bn+tar,stars,real", "real: the ceiling, on the training set"),
+            ("jobs", 1, "runs at a time"), ("curve", 2000, "test images for a point of the curve"),
+            ("save", "", "path of the results, without .json and .png"),
+            ("dataset", "cifar10", ""), ("data-dir", "data", "")):
+        cli.add_argument("--" + name, type=type(value), default=value, help=about)
+    a, flags = cli.parse_known_args(argv)
+    flags += ["--dataset", a.dataset, "--data-dir", a.data_dir]
+    cells = {Path(a.runs) / f"{method}-s{seed}": (
+        "--seed", seed, *(("--method", "bn", "--synthesis", "real") if method == "real" else
+                          ("--method", method)))
+        for seed in a.seeds.split(",") for method in a.methods.split(",")}
+    ablation_run(cells, flags, a.jobs)
+    test = stars.load_dataset(a.dataset, "test", a.data_dir)
+    rows = [ablation_row(folder, a.curve, test) for folder in cells
+            if (folder / "summary.json").exists()]
+    print(*ablation_table(rows), sep="\n")
+    if a.save:
+        real = layer_exceedances(cell_settings(Path(rows[0]["folder"]))[1], test[0][:512])
+        command = f"python test_stars.py ablation {shlex.join(argv)}"
+        Path(a.save + ".json").write_text(stars.to_json(dict(
+            command=command, rows=rows, exceedances_of_real_images=real)) + "\n")
+        ablation_figure(rows, real, a.save + ".png")
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        raise SystemExit("python test_stars.py bench, or make test")
-    bench(sys.argv[2:])
+    if sys.argv[1:2] not in (["bench"], ["ablation"]):
+        raise SystemExit("python test_stars.py bench, python test_stars.py ablation, or make test")
+    dict(bench=bench, ablation=ablation)[sys.argv[1]](sys.argv[2:])
