@@ -599,7 +599,7 @@ TAIL_LAWS = {  # density up to a factor, mean 0, variance 1
 @dataclasses.dataclass(frozen=True)
 class Tail:
     """The targets of Eq. (8)."""
-    law: str = "normal"          # a key of TAIL_LAWS, or a number for each kappa: "0.17,0.04,0.01"
+    law: str = "deep_mixture"    # a key of TAIL_LAWS, or a number for each kappa: "0.17,0.04,0.01"
     kappa: tuple = (1, 2, 3)     # thresholds, in standard deviations above the mean
     tau: float = 0.25            # softness of the exceedance, in the same unit
     side: str = "two-sided"      # or "at-least": exceedance above the target is not penalised
@@ -658,8 +658,8 @@ class Weights:
     oh: float = 1.0      # of (4)
     bal: float = 5.0     # of (5)
     adv: float = 1.0     # of (6)
-    rca: float = 10.0    # of (7)
-    tar: float = 100.0   # of (8)
+    rca: float = 20.0    # of (7)
+    tar: float = 1000.0  # of (8)
 
 def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tail=Tail()):
     """How good images are for distillation, and the gradient on them: for any source of images.
