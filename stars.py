@@ -1097,7 +1097,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     return dataclasses.field(default=default, metadata=locals())
 
 VERSION = 2  # of what runs compute and checkpoints hold; a checkpoint of another is refused
-METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1)}  # Eq. (7)? (8)?
+METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=35, warm_up=20, synthesis_steps=25, distill_steps=80, batch=64),
              "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
@@ -1129,9 +1129,9 @@ class Config:
     schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d", ("auto", *SCHEDULES))
     synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
-    warm_up: int = flag(0, "first epochs, which only fill the pool; default by schedule", "d")
-    method: str = flag("stars", "Eq. (7), (8), both; all: a table", "d", (*METHODS, "all"))
-    synthesis: str = flag("generator", "of images", "d", ("generator", "pixels", "real"))
+    warm_up: int = flag(0, "first epochs, for the generator alone; default by schedule", "d")
+    method: str = flag("stars", "real: the training set; all: a table", "d", (*METHODS, "all"))
+    synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
     init: str = flag("teacher", "where the student starts", "d", ("teacher", "random"))
     seeds: int = flag(1, "repeat with seed, seed + 1, ...", "d")
     resume: str = flag("", "go on with the run in this folder", "dt")
@@ -1181,16 +1181,16 @@ def synthesis_step(params, state, z, labels, augmentation, teacher, student, wei
 
 def train_step(net, state, x, criterion, lr, weight_decay):
     """One SGD step, in place. x: images in [0, 1]; criterion: Output -> pairs (loss, back), the
-    first of its logits, one more, if any, of its features.   -> sum of the losses"""
+    first of its logits, one more, if any, of its features.   -> the losses"""
     out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
     losses, backs = zip(*criterion(out))
     grads = back(*(loss_back() for loss_back in backs))[1]
     sgd(net.params, grads, state, lr, nesterov=True, weight_decay=weight_decay)
     net.params.update(out.running)
-    return sum(losses)
+    return losses
 
 def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0):
-    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> loss"""
+    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> both losses"""
     t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")[0]
     def criterion(s):
         relations, back = rca(t.features, s.features)
@@ -1239,15 +1239,14 @@ def total_variation(x):
     """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
     def back(dloss=1.0):
         gaps = (xp.diff(xp.diff(x, axis=k), axis=k, prepend=0, append=0) for k in (1, 2))
-        return sum(gaps) * (-2 * dloss / x.size)
+        return (sum(gaps) * (-2 * dloss / x.size)).astype(x.dtype)
     return sum((xp.diff(x, axis=k) ** 2).sum() for k in (1, 2)) / x.size, back
 
-def synthesise(c, params, state, rng, nets, weights, tail, size):
-    """Yields (images on the device, parts of Eq. (9)): of each generator step, or at the end."""
-    if c.synthesis == "real":  # not data-free: what the same student reaches on the training set
-        x = data_of(c, "train")[0]
-        for i in rng.integers(len(x), size=(c.synthesis_steps, c.batch)):
-            yield xp.asarray(x[i], np.float32) / 255, dict(total=0.0)
+def synthesise(c, params, state, rng, nets, weights, tail, size, real):
+    """Yields (images on the device, parts of Eq. (9)); drawn from the uint8 images real, if any."""
+    if len(real):
+        for i in rng.integers(len(real), size=(c.synthesis_steps, c.batch)):
+            yield xp.asarray(real[i], np.float32) / 255, dict(total=0.0)
         return
     pixel_state, v = {}, xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)
     for step in range(c.synthesis_steps):
@@ -1274,19 +1273,19 @@ def symptoms(teacher, x, rates):
             ("the synthetic images are all the same, or have no content",
              min(x.std(0).mean(), x.std((1, 2)).mean()) < 1)) if seen]
 
-def distil(c, teacher, arch, size, folder, cost):
+def distil(c, teacher, arch, size, folder, cost, real=()):
     """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
     8-bit images lies in pool.bin; a sixteenth of each batch is held out, to measure agreement."""
     rng, held, on = np.random.default_rng(c.seed), max(1, c.batch // 16), METHODS[c.method]
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * on[0], c.w_tar * on[1])
-    params = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng)
-    groups = dict(generator=params, adam={}, student={}, sgd={})
+    params, moments = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng), {}
+    groups = dict(generator=params, adam=moments, student={}, sgd={})
     neuron, tail = Neuron(c.lam, c.reset, c.v_init, c.surrogate), Tail(c.tail_law, side=c.tail_side)
     student = teacher._replace(params=groups["student"], T=c.T, activation=neuron)
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
-    raw = c.warm_up // 2 * batches  # what an untrained generator made is not distilled on
+    ripe = c.warm_up // 2 * batches * (c.synthesis == "generator")  # what came before is not used
     need = c.epochs * batches * c.batch * size * size * 3
     free = shutil.disk_usage(folder).free + (os.path.exists(path) and os.path.getsize(path))
     if free < need:
@@ -1302,7 +1301,7 @@ def distil(c, teacher, arch, size, folder, cost):
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:  # what an unfinished epoch added goes
             file.truncate(min(file.tell(), epoch * need // c.epochs))
-            for x, parts in synthesise(c, params, groups["adam"], rng, nets, weights, tail, size):
+            for x, parts in synthesise(c, params, moments, rng, nets, weights, tail, size, real):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 yield "warm-up" if warm else "synthesis", parts
             file.flush()
@@ -1314,17 +1313,17 @@ def distil(c, teacher, arch, size, folder, cost):
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, arch, images[-1]))
         for step in range(0 if warm else c.distill_steps):
-            i = rng.integers(raw, len(images), c.batch), rng.integers(held, c.batch, c.batch)
+            i = rng.integers(ripe, len(images), c.batch), rng.integers(held, c.batch, c.batch)
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
-            yield "distillation", dict(kd=distillation_step(student, groups["sgd"], crops(
-                rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay, both.rca))
+            yield "distillation", dict(zip(("kd", "rkd"), distillation_step(student, groups["sgd"],
+                crops(rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay, both.rca)))
         found = {} if warm else agreement(images[-32:])
         row |= {"agreement": found["accuracy"]} if found else {}
         row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
         warnings += symptoms(teacher, images[-1], found.get("firing_rates", {}))
     plan = [{"warm-up": batches}] * c.warm_up + [
         {"synthesis": batches, "distillation": c.distill_steps}] * (c.epochs - c.warm_up)
-    rows = each_epoch(c, folder, groups, rng, teacher.params.values(), plan, work, cost)
+    rows = each_epoch(c, folder, groups, rng, [*teacher.params.values(), *real], plan, work, cost)
     student = student._replace(params=on_device(rounded(student.params)))
     return student, agreement(pool(c.epochs))["accuracy"], pool(c.epochs), rows
 
@@ -1336,8 +1335,8 @@ def train(c, net, x, y, folder):
         order = rng.permutation(len(x))[:steps * c.batch].reshape(steps, c.batch)
         for step, i in enumerate(order, epoch * steps):
             lr = cosine(step, c.epochs * steps, c.lr, min(steps, 400))
-            yield "step", dict(loss=train_step(net, groups["sgd"], crops(rng, x[i]), lambda out:
-                                               [class_prior(out.logits, y[i])], lr, c.weight_decay))
+            yield "step", dict(loss=train_step(net, groups["sgd"], crops(rng, x[i]), lambda out: [
+                class_prior(out.logits, y[i])], lr, c.weight_decay)[0])
     each_epoch(c, folder, groups, rng, (x, y), [dict(step=steps)] * c.epochs, work, dict(step=1))
 
 def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
@@ -1568,7 +1567,7 @@ def resumed(given, command):
 def run_distil(c):
     """Teacher -> spiking student, without data (the default)."""
     if c.method == "all" or c.seeds > 1:
-        methods = METHODS if c.method == "all" else (c.method,)
+        methods = [*METHODS][:4] if c.method == "all" else [c.method]
         return dict(rows=[run_distil(dataclasses.replace(c, method=method, seed=seed, seeds=1))
                           for seed in range(c.seed, c.seed + c.seeds) for method in methods])
     began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
@@ -1576,6 +1575,8 @@ def run_distil(c):
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
     c, arch, classes = settle(c), c.student_arch or info["arch"], info["classes"]
     size = known.size if known else 64 if info.get("size") == 64 else 32
+    real = data_of(c, "train", classes)[0] if c.method == "real" else ()
+    demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
     draft = Net(init_weights(weight_shapes(arch, classes), np.random.default_rng(0)), Neuron(), c.T)
     t, s = check_memory(c, c.batch, size, teacher, draft)  # multiply-adds; g: forward and back
     g, device = 21 * (c.generator_width * size) ** 2, "cpu" if xp is np else "gpu"
@@ -1584,7 +1585,7 @@ def run_distil(c):
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
                 f"{c.schedule} on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis "
                 f"and, after {c.warm_up}, {c.distill_steps} distillation steps; into {folder}")
-        student, agreement, pool, rows = distil(c, teacher, arch, size, folder, cost)
+        student, agreement, pool, rows = distil(c, teacher, arch, size, folder, cost, real)
         path = f"{folder}/student.npz"
         save_net(path, student, c, "distill", arch, classes, T=c.T, neuron=vars(student.activation))
         draw(folder, pool, rows)
@@ -1663,8 +1664,8 @@ def parse(argv):
                     f"{name} must be {rule}, not {v}{nearest(str(v), known)}")
         for name, fits, other in (
                 ("w_tv", c.synthesis == "pixels", "--synthesis pixels"),
-                ("w_rca", c.method not in ("bn", "bn+tar"), "Eq. (7) in --method"),
-                ("w_tar", c.method not in ("bn", "bn+rca"), "Eq. (8) in --method"),
+                ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
+                ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
                 ("quantile", c.init == "teacher", "--init teacher"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
             require(fits or name not in given, f"--{name.replace('_', '-')} needs {other}")

@@ -968,7 +968,7 @@ def tail_targets_are_expectations_under_their_law(S):
                     for d in densities]
         layers = len(densities)
         assert_close(S.Tail(law, kappa, tau, shift=shift).targets(layers, K), expected, 1e-6)
-    assert_close(S.Tail().targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
+    assert_close(S.Tail("normal").targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
     assert S.Tail("0.2, .04,0.01").targets(2, 10).tolist() == [[0.2, 0.04, 0.01]] * 2
 
 @checks(**B_K)
@@ -1079,7 +1079,8 @@ def distillation_gradient(family):
         def f(*values):
             new = {**student.params, **{name: v.copy() for name, v in zip(names, values)}}
             loss = S.distillation_step(student._replace(params=new), {}, x, teacher, 4., 1., 0., 3.)
-            return loss, lambda d: [d * (v - new[name]) / 1.9 for name, v in zip(names, values)]
+            moved = [(v - new[name]) / 1.9 for name, v in zip(names, values)]
+            return sum(loss), lambda d: [d * v for v in moved]
         assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
     check.__name__ = "distillation_gradient_" + family.replace(" ", "_")
     return checks()(check)
@@ -2456,17 +2457,20 @@ def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
 def pool_of(run_folder):
     return np.fromfile(run_folder / "pool.bin", np.uint8).reshape(-1, 8, 32, 32, 3)
 
-def test_synthesis_real_takes_its_images_from_the_training_set(folder, capsys):
-    code, _, err = distil(capsys, "--synthesis", "real", "--out", "without")
-    assert code == 1 and "cifar10 is not in data" in err
+def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
+    code, _, err = distil(capsys, "--method", "real", "--out", "with")
+    assert code == 1 and "cifar10 is not in data" in err and not Path("with").exists()
     x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
     np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    code, out, _ = distil(capsys, "--synthesis", "real", "--dataset", "mine.npz", "--out", "with",
-                          "--mean", ".5,.5,.5", "--std", ".2,.2,.2", "--json")
+    mine = "--dataset", "mine.npz", "--mean", ".5,.5,.5", "--std", ".2,.2,.2"
+    code, out, _ = distil(capsys, "--method", "real", *mine, "--out", "with", "--json")
     assert code == 0 and last_json(out)["n"] == 20
     known = {image.tobytes() for image in x}
     images = {image.tobytes() for batch in pool_of(folder / "with") for image in batch}
     assert images <= known and len(images) > 10
+    np.savez("mine.npz", x_train=x.repeat(2, 1).repeat(2, 2), y_train=y)
+    code, _, err = distil(capsys, "--method", "real", *mine)
+    assert code == 1 and "mine.npz has no 32x32 images" in err
 
 def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
     seen, crops = [], stars.crops
@@ -3313,32 +3317,39 @@ def bench(argv):
 
 # ---- 12  The ablation: python test_stars.py ablation ---------------------------------------------
 
-def ablation_run(cells, flags, jobs):
-    """Each cell {folder: its flags} in a process of its own, `jobs` at once; what is done stays
-    done, what is begun is resumed. The student of each epoch goes to FOLDER/after-<epoch>.npz."""
-    waiting, running, seen = [*cells], {}, {}
+def ablation_run(cells, jobs):
+    """Each cell {folder: flags of stars.py} in a process of its own, `jobs` at once. What is done
+    stays done, what is begun is resumed. The student of each epoch goes to FOLDER/after-EPOCH.npz.
+    -> folders of the cells that failed"""
+    waiting, running, seen, failed = [*cells], {}, {}, []
     threads = ["--threads", str(max(1, stars.cores() // jobs))]
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            folder = waiting.pop(0)
-            if not (folder / "summary.json").exists():
-                begun = (folder / "config.json").exists()
-                more = ["--resume", folder] if begun else [*flags, *cells[folder], "--out", folder]
-                running[folder] = subprocess.Popen([sys.executable, stars.__file__, *map(str, more),
-                                                    *threads], stdout=subprocess.DEVNULL)
-        time.sleep(1)
-        for folder, process in [*running.items()]:
-            code, path = process.poll(), folder / "checkpoint.npz"
-            if path.exists() and seen.get(folder) != path.stat().st_mtime_ns:
-                seen[folder] = path.stat().st_mtime_ns
-                with np.load(path) as arrays:
-                    epoch = len(json.loads(str(arrays["info"]))["rows"])
-                    student = {k[8:]: arrays[k] for k in arrays.files if k.startswith("student/")}
-                if student:
-                    np.savez(folder / f"after-{epoch}.npz", **student)
-            if code is not None:
-                del running[folder]
-                print(folder, f"failed with code {code}" if code else "is done", flush=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder = waiting.pop(0)
+                if not (folder / "summary.json").exists():
+                    begun = (folder / "config.json").exists()
+                    flags = ["--resume", folder] if begun else [*cells[folder], "--out", folder]
+                    running[folder] = subprocess.Popen([sys.executable, stars.__file__, *map(
+                        str, flags), *threads], stdout=subprocess.DEVNULL)
+            time.sleep(1)
+            for folder, process in [*running.items()]:
+                code, path = process.poll(), folder / "checkpoint.npz"
+                if path.exists() and seen.get(folder) != path.stat().st_mtime_ns:
+                    seen[folder] = path.stat().st_mtime_ns
+                    with np.load(path) as arrays:
+                        epoch = len(json.loads(str(arrays["info"]))["rows"])
+                        student = {k[8:]: arrays[k] for k in arrays.files if k[:8] == "student/"}
+                    if student:
+                        np.savez(folder / f"after-{epoch}.npz", **student)
+                if code is not None:
+                    del running[folder]
+                    failed += [str(folder)] * (code != 0)
+                    print(folder, f"failed with code {code}" if code else "is done", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+    return failed
 
 def layer_exceedances(teacher, x, tail=stars.Tail()):
     """Mean soft exceedance of uint8 images x over each kappa, (layers, kappas), as in Eq. (8)."""
@@ -3366,8 +3377,7 @@ def ablation_row(folder, curve, real):
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     student = teacher._replace(T=c.T, activation=stars.Neuron(c.lam, c.reset, c.v_init,
                                                               c.surrogate))
-    row |= dict(images_seen=epochs[-1]["images_seen"], epochs=epochs, curve=[], folder=str(folder),
-                method="real" if c.synthesis == "real" else c.method)
+    row |= dict(images_seen=epochs[-1]["images_seen"], epochs=epochs, curve=[], folder=str(folder))
     size = real[0].shape[1]
     pool = np.memmap(folder / "pool.bin", np.uint8, "r").reshape(-1, size, size, 3)
     row["exceedances"] = layer_exceedances(teacher, pool[-512:])
@@ -3431,19 +3441,30 @@ def ablation(argv):
             ("methods", "bn,bn+rca,bn+tar,stars,real", "real: the ceiling, on the training set"),
             ("jobs", 1, "runs at a time"), ("curve", 2000, "test images for a point of the curve"),
             ("save", "", "path of the results, without .json and .png"),
+            ("w-rca", "", "for the methods that have it"), ("w-tar", "", "likewise"),
             ("dataset", "cifar10", ""), ("data-dir", "data", "")):
         cli.add_argument("--" + name, type=type(value), default=value, help=about)
     a, flags = cli.parse_known_args(argv)
+    if a.jobs < 1:
+        cli.error("--jobs must be 1 or more")
     flags += ["--dataset", a.dataset, "--data-dir", a.data_dir]
-    cells = {Path(a.runs) / f"{method}-s{seed}": (
-        "--seed", seed, *(("--method", "bn", "--synthesis", "real") if method == "real" else
-                          ("--method", method)))
-        for seed in a.seeds.split(",") for method in a.methods.split(",")}
-    ablation_run(cells, flags, a.jobs)
+    cells = {}
+    for seed, method in itertools.product(a.seeds.split(","), a.methods.split(",")):
+        rca, tar = stars.METHODS.get(method, (0, 0))
+        cells[folder := Path(a.runs) / f"{method}-s{seed}"] = [
+            *flags, "--seed", seed, "--method", method,
+            *["--w-rca", a.w_rca] * bool(rca and a.w_rca),
+            *["--w-tar", a.w_tar] * bool(tar and a.w_tar)]
+        _, now = stars.parse(cells[folder])  # ends with code 2 where a flag is wrong
+        if (folder / "config.json").exists():
+            stars.same_run(folder, json.loads((folder / "config.json").read_text()),
+                           {k: v for k, v in now.items() if k not in stars.HERE})
     test = stars.load_dataset(a.dataset, "test", a.data_dir)
-    rows = [ablation_row(folder, a.curve, test) for folder in cells
-            if (folder / "summary.json").exists()]
+    failed = ablation_run(cells, a.jobs)
+    rows = [ablation_row(folder, a.curve, test) for folder in cells if str(folder) not in failed]
     print(*ablation_table(rows), sep="\n")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
     if a.save:
         real = layer_exceedances(cell_settings(Path(rows[0]["folder"]))[1], test[0][:512])
         command = f"python test_stars.py ablation {shlex.join(argv)}"
@@ -3469,8 +3490,16 @@ def test_the_ablation_runs_each_cell_once(folder, capfd):
     assert f"| {accuracy[1] - accuracy[0]:+.2f}, {accuracy[3] - accuracy[2]:+.2f} |" in table
     for path in done:
         path.unlink()
-    ablation(argv)
-    assert not any(path.exists() for path in done) and capfd.readouterr().out in table
+    (done[3].parent / "summary.json").unlink()
+    ablation(argv)  # makes the student of the last cell again from its checkpoint
+    assert [path.exists() for path in done] == [False, False, False, True]
+    assert capfd.readouterr().out.endswith(table[table.index("| method"):])
+    with pytest.raises(stars.UserError, match="epochs was 3, not 4"):
+        ablation([*argv, "--epochs", "4"])
+    done[0].parent.rename("cells/aside")
+    with pytest.raises(SystemExit, match="failed: cells/bn-s1"):
+        ablation([*argv[:-len(TINY)], *TINY[2:], "--teacher", "none.npz", "--methods", "bn",
+                  "--seeds", "1"])
 
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["bench"], ["ablation"]):
