@@ -659,7 +659,7 @@ class Weights:
     bal: float = 5.0     # of (5)
     adv: float = 1.0     # of (6)
     rca: float = 20.0    # of (7)
-    tar: float = 1000.0  # of (8)
+    tar: float = 100.0   # of (8)
 
 def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tail=Tail()):
     """How good images are for distillation, and the gradient on them: for any source of images.
