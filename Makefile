@@ -1,13 +1,14 @@
 # make run       teacher -> spiking student on CIFAR-10, without data (about 15 minutes on 2 cores)
 # make test      the gradient checks and all other tests, in a few minutes
 # make torture   the long ones: every generated mutant, 14,000 damaged files, 50 killed runs
+# make ablation  bn, bn+rca, bn+tar, stars and the ceiling, two seeds (about two hours on 2 cores)
 # make bench     speed, beside PyTorch where make peer installed it
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test torture bench peer clean
+.PHONY: run test torture ablation bench peer clean
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,9 @@ test: $(VENV)/ready
 
 torture: $(VENV)/ready
 	STARS_TORTURE=1 $(RUN) -m pytest -q -s test_stars.py -k torture
+
+ablation: $(VENV)/extras
+	$(RUN) test_stars.py ablation --download --jobs 2 --save data/results/cifar10-resnet20-ablation
 
 # PyTorch, only to compare with: its tests and its column in the benchmark are skipped without it
 peer: $(VENV)/ready

@@ -3460,7 +3460,8 @@ def ablation(argv):
         if (folder / "config.json").exists():
             stars.same_run(folder, json.loads((folder / "config.json").read_text()),
                            {k: v for k, v in now.items() if k not in stars.HERE})
-    test = stars.load_dataset(a.dataset, "test", a.data_dir)
+    test = stars.data_of(stars.Config(dataset=a.dataset, data_dir=a.data_dir,
+                                      download="--download" in flags), "test")
     failed = ablation_run(cells, a.jobs)
     rows = [ablation_row(folder, a.curve, test) for folder in cells if str(folder) not in failed]
     print(*ablation_table(rows), sep="\n")
