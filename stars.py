@@ -653,7 +653,7 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", ep
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The weights of Eq. (9); 0 drops a term and its cost. During warm-up adv = rca = 0."""
+    """The weights of Eq. (9), rca of (10) too; 0 drops a term. During warm-up adv = rca = 0."""
     bn: float = 1.0      # of (3)
     oh: float = 1.0      # of (4)
     bal: float = 5.0     # of (5)
