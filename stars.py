@@ -1756,10 +1756,8 @@ def _im2col(w, stride, need):
     def windows(padded):  # (n, h, v, R, S, C)
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
         return view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
-    def columns(x):
-        return windows(np.pad(x, margins)).reshape(-1, R * S * C)
-    def forward(x, y):
-        np.matmul(columns(x), flat, out=y.reshape(-1, K))
+    columns = lambda x: windows(np.pad(x, margins)).reshape(-1, R * S * C)
+    forward = lambda x, y: np.matmul(columns(x), flat, out=y.reshape(-1, K))
     def backward(x, dy, dx):
         d = dy.reshape(-1, K)
         if "x" in need:
@@ -1777,21 +1775,23 @@ def _im2col(w, stride, need):
 # every third such line starts where the last one ends: the matrices of pixels 0, 3, 6 ..,
 # 1, 4, 7 .. and 2, 5, 8 .. are views, and nothing is expanded.
 
-def _planes(pixels, x):
-    """Planes (4, n, H/2, W + 1, C) for x (n, H, W, C), zeros around them, and a view of their
-    lines (4, 3, m, pixels * C): line (p, i) has pixel p + 3 i and as many on both sides."""
+def _planes(pixels, x, most):
+    """Planes (4, n, H/2, W + 1, C) for x (n, H, W, C), zeros around them, and a view of their lines
+    (4, 3, blocks, rows <= most, pixels * C): line (p, i) has pixel p + 3 i and those beside it."""
     n, H, W, C = x.shape
     used = n * H // 2 * (W + 1)
-    m = -(-used // 3)
-    buffer = np.empty((4, 3 * m + 2, C), x.dtype)
+    blocks = -(-used // (3 * most))
+    rows = -(-used // (3 * blocks))
+    buffer = np.empty((4, 3 * blocks * rows + 2, C), x.dtype)
     buffer[:, 0], buffer[:, used + 1:] = 0, 0
     plane, pixel, number = buffer.strides
-    return (buffer[:, 1:used + 1].reshape(4, n, H // 2, W + 1, C), np.lib.stride_tricks.as_strided(
-        buffer[:, 1 - pixels // 2:], (4, 3, m, pixels * C), (plane, pixel, 3 * pixel, number)))
+    return buffer[:, 1:used + 1].reshape(4, n, H // 2, W + 1, C), np.lib.stride_tricks.as_strided(
+        buffer[:, 1 - pixels // 2:], (4, 3, blocks, rows, pixels * C),
+        (plane, pixel, 3 * rows * pixel, 3 * pixel, number))
 
-def _taps(x):
+def _taps(x, most):
     """B'x as lines of three pixels: x0 - x2, x1 + x2, x2 - x1, x1 - x3 of rows 2i - 1 .. 2i + 2."""
-    (n, H, W, C), (planes, lines) = x.shape, _planes(3, x)
+    (n, H, W, C), (planes, lines) = x.shape, _planes(3, x, most)
     odd, even = np.empty((2, n, H // 2 + 1, W + 1, C), x.dtype)
     odd[:, 0], even[:, -1], odd[:, :, -1], even[:, :, -1] = 0, 0, 0, 0
     odd[:, 1:, :-1], even[:, :-1, :-1] = x[:, 1::2], x[:, 0::2]
@@ -1803,22 +1803,23 @@ def _taps(x):
     return lines
 
 def _kernel(w):
-    """w (K, C, 3, 3) -> (4, 1, 3C, K)."""
+    """w (K, C, 3, 3) -> (4, 1, 1, 3C, K)."""
     g0, g1, g2 = w.transpose(2, 3, 1, 0).reshape(3, -1, w.shape[0])
-    return np.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2])[:, None]
+    return np.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2])[:, None, None]
 
-def _products(taps, kernel, y):
-    """The four products m, combined to even rows m0 + m1 + m2 and odd m1 - m2 - m3 of y (A')."""
-    (m0, m1, m2, m3), lines = _planes(1, y)
+def _products(taps, kernel, y, most):
+    """The four products m, combined to even rows m0 + m1 + m2 and odd m1 - m2 - m3 of y (A').
+    OpenBLAS takes products of few rows without packing them, up to twice as fast."""
+    (m0, m1, m2, m3), lines = _planes(1, y, most)
     np.matmul(taps, kernel, out=lines)
     m0 += m1
     m1 -= m2
     np.add(m0[:, :, :-1], m2[:, :, :-1], out=y[:, 0::2])
     np.subtract(m1[:, :, :-1], m3[:, :, :-1], out=y[:, 1::2])
 
-def _pairs(dy):
+def _pairs(dy, most):
     """A dy, but for a sign, as lines of one pixel: e, e + o, e - o, o of even and odd rows."""
-    (e, total, difference, o), lines = _planes(1, dy)
+    (e, total, difference, o), lines = _planes(1, dy, most)
     e[:, :, -1], o[:, :, -1] = 0, 0
     e[:, :, :-1], o[:, :, :-1] = dy[:, 0::2], dy[:, 1::2]
     np.add(e, o, out=total)
@@ -1826,16 +1827,16 @@ def _pairs(dy):
     return lines
 
 def _winograd(w, stride, need):
+    most = 4096 // max(w.shape[:2]) if max(w.shape[:2]) <= 64 else 2 ** 31  # see _products
     kernel = _kernel(w)
     turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1)) if "x" in need else None
-    def forward(x, y):
-        _products(_taps(x), kernel, y)
+    forward = lambda x, y: _products(_taps(x, most), kernel, y, most)
     def backward(x, dy, dx):
-        taps = _taps(dy)
+        taps = _taps(dy, most)
         if "x" in need:
-            _products(taps, turned, dx)
+            _products(taps, turned, dx, most)
         if "p" in need:  # x in place of dy, and dy of x: it gives dw turned around
-            return np.matmul(taps.swapaxes(2, 3), _pairs(x)).sum(1)
+            return np.matmul(taps.swapaxes(3, 4), _pairs(x, most)).sum((1, 2))
     def gather(dw):
         a, b, c, d = dw
         dw = np.stack([a + (b + c) / 2, (b - c) / 2, (b + c) / 2 - d])
@@ -1870,12 +1871,11 @@ FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
 
 def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
     """Whether fast_norm_activation covers the case: wrong arguments are left to the formulas."""
-    if {v.shape for v in (gamma, beta, mean, var)} != {a.shape[-1:]} or a.size == a.shape[-1]:
-        return False
+    fits = {v.shape for v in (gamma, beta, mean, var)} == {a.shape[-1:]} and a.size > a.shape[-1]
     if isinstance(activation, Neuron):
-        return (activation.detach_reset and v_th > 0 and T >= 1 and
+        return (fits and activation.detach_reset and v_th > 0 and T >= 1 and
                 (shortcut is None if first else len(a) % T == 0))
-    return activation in FAST_SLOPES and T == 1
+    return fits and activation in FAST_SLOPES and T == 1
 
 def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
                          train, tap, need="xp", chunk=None, momentum=.1, eps=1e-5):

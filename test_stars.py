@@ -1427,6 +1427,7 @@ FAST_MUTANTS = [  # as above, of section 12
     ("odd[:, 0], even[:, -1], odd[:, :, -1], even[:, :, -1] = 0, 0, 0, 0",
      "odd[:, 0], even[:, -1] = 0, 0", "fast_conv2d_is_conv2d"),
     ("m1 -= m2", "m1 += m2", "fast_conv2d_is_conv2d"),
+    ("(plane, pixel, 3 * rows", "(plane, pixel, rows", "fast_conv2d_is_conv2d"),
     ("_kernel(w[:, :, ::-1, ::-1]", "_kernel(w[:, :, ::-1]", "fast_conv2d_is_conv2d"),
     ("(b + c) / 2 - d]", "(b + c) / 2 + d]", "fast_conv2d_is_conv2d"),
     ("into[:, :, :, r, s] += dwin", "into[:, :, :, r, s] = dwin", "fast_conv2d_is_conv2d"),
@@ -1532,7 +1533,7 @@ def fast_conv2d_is_conv2d(S):
              (4, 2, 1, 3, 4, 3, 3, 1), (5, 7, 6, 3, 2, 3, 3, 1), (5, 8, 8, 3, 4, 3, 3, 2),
              (4, 7, 9, 2, 3, 3, 3, 2), (5, 6, 6, 3, 4, 1, 1, 2), (5, 6, 5, 3, 4, 1, 1, 1),
              (3, 6, 6, 2, 3, 5, 5, 1), (3, 7, 8, 2, 3, 5, 5, 2), (4, 5, 6, 2, 3, 1, 5, 2),
-             (2, 1, 1, 1, 1, 3, 3, 1)]
+             (2, 1, 1, 1, 1, 3, 3, 1), (3, 8, 20, 2, 64, 3, 3, 1)]  # the last in several blocks
     for i, (N, H, W, C, K, R, Q, stride) in enumerate(cases):
         x, w = normal(i, (N, H, W, C), (K, C, R, Q))
         y, back = S.conv2d(x, w, stride)
