@@ -381,13 +381,14 @@ def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=
         out.running[norm + ".running_mean"], out.running[norm + ".running_var"] = running
     if run.tap:
         out.tapped[norm] = tapped
+    watched = run.watch and activation is run.activation and run.watch(norm, z)
     if run.measure:
         macs, spikes = a[0, ..., 0].size * w.size, isinstance(run.activation, Neuron) and not first
         out.costs.append((conv, macs, macs * float((x != 0).mean()) if spikes else None))
         if isinstance(activation, Neuron):
             out.rates[norm] = float((z != 0).mean())
     def back(dz):
-        da, dgamma, dbeta, dshortcut = norm_back(dz)
+        da, dgamma, dbeta, dshortcut = norm_back(watched(dz) if watched else dz)
         dx, dw = conv_back(da)
         if "p" in run.need:
             run.grads |= {conv + ".weight": dw, norm + ".weight": dgamma, norm + ".bias": dbeta}
@@ -415,10 +416,12 @@ def _residual_block(run, name, x, stride):
         return dx
     return y, back
 
-def _network(body, last, params, x, activation, T, train=False, tap=None, need="xp", measure=False):
+def _network(body, last, params, x, activation, T, train=False, tap=None, watch=None, need="xp",
+             measure=False):
     """What resnet and vgg share: body(run, backs) makes the last maps; here they are classified."""
     run = SimpleNamespace(params=params, activation=activation, T=T, train=train, tap=tap, grads={},
-                          need=need, measure=measure, out=Output(None, None, {}, {}, {}, []))
+                          watch=watch, need=need, measure=measure,
+                          out=Output(None, None, {}, {}, {}, []))
     expect("x", x, None, None, None, 3)
     backs = [] if need else collections.deque(maxlen=0)  # which keeps none
     pooled, pool_back = global_average_pool(body(run, backs))
@@ -441,7 +444,8 @@ def resnet(params, x, activation=relu, T=1, **mode):
     """A ResNet of basic blocks (He et al. 2016), its shape read off the names in params.
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
-    a loss on the input a of a batch norm, see there; measure, to fill rates and costs.
+    a loss on the input a of a batch norm, see there; watch(layer, z), which sees the output z of
+    each activation and may return dz -> dz, to add a gradient; measure, to fill rates and costs.
     Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}."""
     def body(run, backs):
         z, back = _layer(run, "conv1", "bn1", x, first=True)
@@ -579,58 +583,29 @@ def rca(f_t, f_s):
         return back_t(dgap), back_s(-dgap)
     return (gap ** 2).sum() / (B * (B - 1)), back  # Eq. (7)
 
-def _check_tail(tau, side):
-    require(side in ("two-sided", "at-least"), f"side must be two-sided or at-least, not {side!r}")
-    require(tau > 0, f"tau must be positive, not {tau}")
-
-def _mixture(x, classes, shift):
-    """A normal law, one part in classes of it shifted up; mean 0, variance 1."""
-    p = 1 / classes
-    sd = (1 + p * (1 - p) * shift ** 2) ** 0.5
-    low, high = x * sd + p * shift, x * sd - (1 - p) * shift
-    return (1 - p) * np.exp(-0.5 * low ** 2) + p * np.exp(-0.5 * high ** 2)
-
-TAIL_LAWS = {  # density up to a factor, mean 0, variance 1
-    "normal": lambda x, classes, shift: _mixture(x, classes, 0),
-    "laplace": lambda x, classes, shift: np.exp(-2 ** 0.5 * abs(x)),
-    "logistic": lambda x, classes, shift: np.cosh(np.pi * x / 12 ** 0.5) ** -2.0,
-    "mixture": _mixture, "deep_mixture": _mixture}
-
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """The targets of Eq. (8)."""
-    law: str = "deep_mixture"    # a key of TAIL_LAWS, or a number for each kappa: "0.17,0.04,0.01"
+    """The targets of Eq. (8): a normal law, one class in K of it shifted up; mean 0, variance 1."""
     kappa: tuple = (1, 2, 3)     # thresholds, in standard deviations above the mean
     tau: float = 0.25            # softness of the exceedance, in the same unit
-    side: str = "two-sided"      # or "at-least": exceedance above the target is not penalised
-    shift: float = 3.0           # of one class in K; deep_mixture: growing to it from 0 with depth
-
-    def __post_init__(self):
-        _check_tail(self.tau, self.side)
-        self.targets(1, 10)
+    shift: tuple = (0.0, 3.0)    # of the class, at the first layer and at the last, linear between
 
     @functools.lru_cache
     def targets(self, layers, classes):
         """pi (layers, kappas) = E sigmoid((xi - kappa)/tau), layers from input to output."""
-        if self.law not in TAIL_LAWS:
-            numbers = self.law.split(",")
-            require(all(re.fullmatch(r"\s*0?\.\d*[1-9]\d*\s*", n) for n in numbers)
-                    and len(numbers) == len(self.kappa), f"law must be {', '.join(TAIL_LAWS)}, or "
-                    f"{len(self.kappa)} numbers as 0.17 or .004, not {self.law!r}")
-            return np.tile([float(n) for n in numbers], (layers, 1))
-        xi = np.linspace(-40, 40, 80001)
+        p, shift = 1 / classes, np.linspace(*self.shift, layers)[:, None]
+        sd, xi = np.sqrt(1 + p * (1 - p) * shift ** 2), np.linspace(-40, 40, 80001)
+        density = ((1 - p) * np.exp(-0.5 * (xi * sd + p * shift) ** 2) +
+                   p * np.exp(-0.5 * (xi * sd - (1 - p) * shift) ** 2))
         soft = 0.5 + 0.5 * np.tanh((xi - np.array(self.kappa)[:, None]) / (2 * self.tau))
-        depth = np.linspace(0, 1, layers) if self.law == "deep_mixture" else np.ones(layers)
-        density = np.array([TAIL_LAWS[self.law](xi, classes, self.shift * d) for d in depth])
         return density @ soft.T / density.sum(1, keepdims=True)
 
-def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", eps=1e-5):
-    """Tail-aware regularisation of a layer: mean_ck d(e_ck, pi_k)^2 / (pi_k (1 - pi_k)).
+def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, eps=1e-5):
+    """Tail-aware regularisation of a layer: mean_ck (e_ck - pi_k)^2 / (pi_k (1 - pi_k)).
     a (..., C): input of a batch norm of the teacher with weight gamma, running mean and var, (C,).
     e_ck: mean soft exceedance of kappa_k by h, the normalised a, positive towards firing; h = 0
-    where gamma = 0. d = e - pi; side "at-least": max(0, pi - e).   pi: a number for each kappa.
-    back: dloss -> da.   Ours, after arXiv 2605.27409."""
-    _check_tail(tau, side)
+    where gamma = 0. pi: a number for each kappa.   back: dloss -> da.   Ours, after 2605.27409."""
+    require(tau > 0, f"tau must be positive, not {tau}")
     require(len(pi) == len(kappa) and all(0 < p < 1 for p in pi),
             f"pi must be {len(kappa)} numbers between 0 and 1, not {pi}")
     for name, vector in (("gamma", gamma), ("mean", mean), ("var", var)):
@@ -642,7 +617,6 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, side="two-sided", ep
     for k, target in zip(kappa, map(float, pi)):
         soft = _logistic((h - k) / tau)
         d = channel_mean(soft) - target
-        d = xp.minimum(d, 0) if side == "at-least" else d
         scale = 1 / (target * (1 - target) * d.size * len(kappa))
         loss = loss + (d ** 2).sum() * scale  # Eq. (8)
         terms.append((soft, 2 * d * scale))
@@ -684,8 +658,8 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
                                     weights.tar * share, tail)
         else:
             bn, bn_back = bn_matching(a, mean, var) if weights.bn else (0.0, lambda dloss: 0.0)
-            exceed, tar_back = (tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau,
-                                    tail.side) if weights.tar else (0.0, lambda dloss: 0.0))
+            exceed, tar_back = (tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau)
+                                if weights.tar else (0.0, lambda dloss: 0.0))
             losses = bn, exceed
             back = lambda: bn_back(weights.bn) + tar_back(weights.tar * share)
         parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
@@ -723,6 +697,18 @@ def distillation_loss(t, s, tau=4.0):
     def back(dloss=1.0):
         return (xp.exp(log_s) - p_t) * (dloss * tau / len(t))
     return tau ** 2 * (p_t * (log_t - log_s)).sum() / len(t), back  # Eq. (10)
+
+def exceedance(z, y, T, v_th, amplitude=1.0):
+    """Threshold exceedance: mean over neurons and images of (e_s - e_t)^2, Eq. (8) of a student.
+    z (T*N, ...): output of its layer, e_s the share of the T steps at which it spikes. y (N, ...):
+    output of the same layer of the teacher, constant; e_t: the share of the thresholds from 0 to
+    v_th that y exceeds.   back: dloss -> dz.   Ours, after arXiv 2605.27409."""
+    rate, time_back = mean_over_time(z, T)
+    expect("y", y, *rate.shape)
+    gap = rate * (1 / float(amplitude)) - xp.clip(y * (1 / v_th), 0, 1)
+    def back(dloss=1.0):
+        return time_back(gap * (2 * dloss / (gap.size * float(amplitude))))
+    return (gap * gap).mean(), back  # Eq. (12)
 
 # ---- 6  Optimisers: update params and state in place, for every name in grads --------------------
 
@@ -1096,7 +1082,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 2  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 3  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=35, warm_up=20, synthesis_steps=25, distill_steps=80, batch=64),
@@ -1140,10 +1126,9 @@ class Config:
     w_bal: float = flag(Weights.bal, "weight of Eq. (5)", "d")
     w_adv: float = flag(Weights.adv, "weight of Eq. (6)", "d")
     w_rca: float = flag(Weights.rca, "weight of Eq. (7), in (9) and in (10)", "d")
-    w_tar: float = flag(Weights.tar, "weight of Eq. (8)", "d")
+    w_tar: float = flag(Weights.tar, "weight of Eq. (8), in (9)", "d")
+    w_exc: float = flag(300.0, "weight of Eq. (12), in (10), with Eq. (8)", "d")
     w_tv: float = flag(0.0, "weight of the total variation, pixels only", "d")
-    tail_law: str = flag(Tail.law, f"target of Eq. (8): {', '.join(TAIL_LAWS)}, or numbers", "d")
-    tail_side: str = flag(Tail.side, "of the target of Eq. (8)", "d", ("two-sided", "at-least"))
     tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d", least=1e-3)
     lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for a teacher's", "dt", least=1e-9)
     weight_decay: float = flag(5e-4, "of the network that is trained", "dt")
@@ -1171,32 +1156,43 @@ def draw_augmentation(rng, n, pad=4):
     """Random (offsets, flips) for n images, from a numpy Generator."""
     return rng.integers(0, 2 * pad + 1, (n, 2)), rng.random(n) < 0.5
 
-def synthesis_step(params, state, z, labels, augmentation, teacher, student, weights, tail, lr):
+def synthesis_step(params, state, z, labels, augmentation, teacher, student, weights, lr):
     """One Adam step of a generator on Eq. (9), in place.   -> images before augmentation, parts"""
     images, images_back = generator(params, z)
     x, augment_back = augment(images, *augmentation)
-    parts, dx = synthesis_loss(x, teacher, student, weights, labels, tail)
+    parts, dx = synthesis_loss(x, teacher, student, weights, labels)
     adam(params, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
     return images, parts
 
-def train_step(net, state, x, criterion, lr, weight_decay):
+def train_step(net, state, x, criterion, lr, weight_decay, watch=None):
     """One SGD step, in place. x: images in [0, 1]; criterion: Output -> pairs (loss, back), the
     first of its logits, one more, if any, of its features.   -> the losses"""
-    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
+    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, watch=watch, need="p")
     losses, backs = zip(*criterion(out))
     grads = back(*(loss_back() for loss_back in backs))[1]
     sgd(net.params, grads, state, lr, nesterov=True, weight_decay=weight_decay)
     net.params.update(out.running)
     return losses
 
-def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0):
-    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1].   -> both losses"""
-    t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="")[0]
+def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0, w_exc=0.0,
+                      thresholds={}):
+    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds: V of Eq.
+    (12) for each layer of the teacher that the student has too.   -> its losses, weighted by w_.."""
+    outputs, exceedances = {}, []
+    t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="",
+                watch=outputs.__setitem__ if w_exc else None)[0]
+    def watch(layer, z):
+        if layer in thresholds and outputs[layer].shape[1:] == z.shape[1:]:
+            loss, back = exceedance(z, outputs[layer], student.T, thresholds[layer],
+                                    student.params.get(layer + ".amplitude", 1.0))
+            exceedances.append(loss * (w_exc / len(thresholds)))
+            return lambda dz: dz + back(w_exc / len(thresholds))
     def criterion(s):
         relations, back = rca(t.features, s.features)
         yield distillation_loss(t.logits, s.logits, tau)
         yield w_rca * relations, lambda: back(w_rca)[1]
-    return train_step(student, state, x, criterion, lr, weight_decay)
+    losses = train_step(student, state, x, criterion, lr, weight_decay, w_exc and watch)
+    return *losses, sum(exceedances)
 
 def crops(rng, x):
     """uint8 images on the host -> float32 images in [0, 1] on the device, shifted and flipped."""
@@ -1218,21 +1214,23 @@ def evaluate(net, x, y, batch=256):
                 firing_rate=float(np.mean([*rates.values()])) if rates else None,
                 energy_uj=float(uj) if rates else None, ann_energy_uj=float(ann))
 
-def first_student(c, rng, teacher, arch, x):
-    """The student before its first step. --init teacher: the weights that fit, and V = A, for each
-    layer a quantile of the teacher's activations on uint8 images x (every seventh is looked at)."""
-    found = []
-    def record(a):
-        y = relu(a)
-        found.append(max(1e-3, float(np.quantile(to_host(y[0]).ravel()[::7], c.quantile))))
-        return y
-    logits, _ = predict(teacher._replace(activation=record), x, len(x))
-    params = init_weights(weight_shapes(arch, logits.shape[1]), rng)
+def thresholds_of(c, teacher, x):
+    """V of each layer: a quantile of the teacher's activations on uint8 images x, 1 in 7 looked at."""
+    found = {}
+    def watch(layer, z):
+        found[layer] = max(1e-3, float(np.quantile(to_host(z).ravel()[::7], c.quantile)))
+    x = xp.asarray(x).astype(np.float32) / 255
+    forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="", watch=watch)
+    return found
+
+def first_student(c, rng, teacher, arch, thresholds):
+    """The student before its first step. --init teacher: the weights that fit, and V = A."""
+    last = teacher.params.get("linear.bias", teacher.params.get("classifier.bias"))
+    params = init_weights(weight_shapes(arch, len(last)), rng)
     if c.init == "random":
         return params
     fit = {k: v.copy() for k, v in teacher.params.items() if np.shape(params.get(k)) == v.shape}
-    layers = [k for k in batch_norms(teacher.params) if "shortcut" not in k]
-    return params | fit | {f"{layer}.{part}": V for layer, V in zip(layers, found)
+    return params | fit | {f"{layer}.{part}": V for layer, V in thresholds.items()
                            if layer + ".weight" in params for part in ("v_th", "amplitude")}
 
 def total_variation(x):
@@ -1242,7 +1240,7 @@ def total_variation(x):
         return (sum(gaps) * (-2 * dloss / x.size)).astype(x.dtype)
     return sum((xp.diff(x, axis=k) ** 2).sum() for k in (1, 2)) / x.size, back
 
-def synthesise(c, params, state, rng, nets, weights, tail, size, real):
+def synthesise(c, params, state, rng, nets, weights, size, real):
     """Yields (images on the device, parts of Eq. (9)); drawn from the uint8 images real, if any."""
     if len(real):
         for i in rng.integers(len(real), size=(c.synthesis_steps, c.batch)):
@@ -1253,11 +1251,11 @@ def synthesise(c, params, state, rng, nets, weights, tail, size, real):
         z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
         crop = draw_augmentation(rng, c.batch)
         if c.synthesis == "generator":
-            yield synthesis_step(params, state, z, None, crop, *nets, weights, tail, c.lr_generator)
+            yield synthesis_step(params, state, z, None, crop, *nets, weights, c.lr_generator)
             continue
         images, images_back = sigmoid(v)
         x, augment_back = augment(images, *crop)
-        parts, dx = synthesis_loss(x, *nets, weights, None, tail)
+        parts, dx = synthesis_loss(x, *nets, weights)
         parts["tv"], tv_back = total_variation(images)
         dv = images_back(augment_back(dx) + tv_back(c.w_tv))
         adam({"v": v}, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
@@ -1281,8 +1279,8 @@ def distil(c, teacher, arch, size, folder, cost, real=()):
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * on[0], c.w_tar * on[1])
     params, moments = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng), {}
     groups = dict(generator=params, adam=moments, student={}, sgd={})
-    neuron, tail = Neuron(c.lam, c.reset, c.v_init, c.surrogate), Tail(c.tail_law, side=c.tail_side)
-    student = teacher._replace(params=groups["student"], T=c.T, activation=neuron)
+    student = teacher._replace(params=groups["student"], T=c.T, activation=Neuron(
+        c.lam, c.reset, c.v_init, c.surrogate))
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
     ripe = c.warm_up // 2 * batches * (c.synthesis == "generator")  # what came before is not used
@@ -1301,22 +1299,25 @@ def distil(c, teacher, arch, size, folder, cost, real=()):
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:  # what an unfinished epoch added goes
             file.truncate(min(file.tell(), epoch * need // c.epochs))
-            for x, parts in synthesise(c, params, moments, rng, nets, weights, tail, size, real):
+            for x, parts in synthesise(c, params, moments, rng, nets, weights, size, real):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 yield "warm-up" if warm else "synthesis", parts
             file.flush()
             os.fsync(file.fileno())
         row |= {f"grad_{k}": float(xp.linalg.norm(  # of each term in use, at weight 1
-            synthesis_loss(x[:32], *nets, Weights(*one), None, tail)[1]))
+            synthesis_loss(x[:32], *nets, Weights(*one))[1]))
             for (k, weight), one in zip(vars(weights).items(), np.eye(6).tolist()) if weight}
         images = pool(epoch + 1)
+        if epoch >= c.warm_up - 1:
+            V = thresholds_of(c, teacher, images[c.warm_up * batches - 1])
         if epoch == c.warm_up - 1:
-            groups["student"].update(first_student(c, rng, teacher, arch, images[-1]))
+            groups["student"].update(first_student(c, rng, teacher, arch, V))
         for step in range(0 if warm else c.distill_steps):
             i = rng.integers(ripe, len(images), c.batch), rng.integers(held, c.batch, c.batch)
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
-            yield "distillation", dict(zip(("kd", "rkd"), distillation_step(student, groups["sgd"],
-                crops(rng, images[i]), teacher, c.tau_kd, lr, c.weight_decay, both.rca)))
+            yield "distillation", dict(zip(("kd", "rkd", "exc"), distillation_step(
+                student, groups["sgd"], crops(rng, images[i]), teacher, c.tau_kd, lr,
+                c.weight_decay, both.rca, c.w_exc * on[1], V)))
         found = {} if warm else agreement(images[-32:])
         row |= {"agreement": found["accuracy"]} if found else {}
         row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
@@ -1429,13 +1430,13 @@ def run_bench(c):
     ann = Net(init_weights(weight_shapes(arch, 10), rng))
     snn = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T or 4)
     params = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
-    t, s = check_memory(c, B, 32, ann, snn)
+    (t, s), V = check_memory(c, B, 32, ann, snn), dict.fromkeys(batch_norms(ann.params), 1.0)
     x, z = (xp.asarray(rng.random(shape, np.float32)) for shape in ((B, 32, 32, 3), (B, c.z_dim)))
     result = dict(
         distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05,
-                                                 w_rca=Weights.rca),
+                                                 5e-4, Weights.rca, Config.w_exc, V),
         synthesis_step_s=lambda: synthesis_step(params, moments, z, None, crop, ann, snn, Weights(),
-                                                Tail(), 1e-3),
+                                                1e-3),
         teacher_forward_s=lambda: forward(ann, x, need=""),
         student_forward_s=lambda: forward(snn, x, train=True, need=""))
     for name, job in result.items():  # to_host waits for a GPU
@@ -1655,7 +1656,6 @@ def parse(argv):
     c = Config(**vars(given))
     try:
         find_dataset(c.dataset, "test", c.data_dir)
-        Tail(c.tail_law, side=c.tail_side)
         for name, f in flags.items():
             v, (*_, known, least, most) = getattr(c, f.name), f.metadata.values()
             fits = v in known if known else isinstance(v, str) or least <= v <= most
@@ -1666,7 +1666,7 @@ def parse(argv):
                 ("w_tv", c.synthesis == "pixels", "--synthesis pixels"),
                 ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
                 ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
-                ("quantile", c.init == "teacher", "--init teacher"),
+                ("w_exc", c.method in ("bn+tar", "stars", "all"), "Eq. (12) in --method"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
             require(fits or name not in given, f"--{name.replace('_', '-')} needs {other}")
     except (ValueError, UserError) as error:
@@ -1974,7 +1974,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
     total = sum(parallel(lambda i, j: np.array([_sum(t, C) for t in tanhs(i, j)]), len(a), chunk))
     m, b = moments(a, chunk)
     e = .5 + .5 * total.reshape(len(levels), C) / count
-    d = np.minimum(e - pi, 0) if tail.side == "at-least" else e - pi
+    d = e - pi
     gaps = m - mean, b - var
     norms = [np.sqrt((gap ** 2).sum()) for gap in gaps]
     l_bn, l_tar = sum(norms) if w_bn else 0.0, (d ** 2 / (pi * (1 - pi))).mean() if levels else 0.0

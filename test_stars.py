@@ -736,6 +736,24 @@ def networks_skip_gradients_and_take_taps(S):
             return ((out.logits * dlogits).sum() + sum(out.tapped.values()), lambda d: d * dx)
         assert_gradient(tapped, x, tol=1e-6)
 
+@checks()
+def networks_are_watched(S):
+    """watch sees the outputs that spike, once each, and what it returns joins the gradient."""
+    for family, T in (("option A", 2), ("projection", 1), ("vgg11", 2)):
+        net, x = net_of(S, family, smooth_spikes(S, T), T), images_of(family)
+        dlogits, seen = normal(3, (3, 3)), {}
+        def watched(x):
+            losses = []
+            def watch(layer, z):
+                seen[layer] = seen.get(layer, 0) + 1
+                losses.append((z * z).sum())
+                return lambda dz: dz + 2 * z
+            out, back = S.forward(net, x, watch=watch)
+            return (out.logits * dlogits).sum() + sum(losses), lambda d: d * back(dlogits)[0]
+        assert_gradient(watched, x, tol=1e-6)
+        assert {*seen} == {k for k in S.batch_norms(net.params) if "shortcut" not in k}
+        assert S.forward(net, x, watch=lambda layer, z: None)[1](dlogits)[0].any()
+
 def generator_case(S, size=8, classes=0, n=4, seed=0):
     """Weights, latents, labels; of a class-conditional generator the latents end in them."""
     z, labels = normal(seed + 1, (n, 5)), np.arange(n) % classes if classes else None
@@ -900,15 +918,9 @@ def tar_is_equation_8(S, shape=(2, 3, 4, 3), tau=0.5, seed=0):
     kappa, pi = (0.5, 1.0, 2), (0.3, 0.16, 0.03)
     e = exceedances(a, gamma, mean, var, kappa, tau)
     target = list(pi) * shape[-1]
-    for side, d in (("two-sided", [v - p for v, p in zip(e, target)]),
-                    ("at-least", [max(0, p - v) for v, p in zip(e, target)])):
-        expected = sum(v * v / (p * (1 - p)) for v, p in zip(d, target)) / len(e)
-        loss, back = S.tar(a, gamma, mean, var, pi, kappa, tau, side)
-        assert_close(loss + 1e-3, expected + 1e-3)
-        if not any(d):
-            assert not back(1.0).any()
-        elif min(abs(v - p) for v, p in zip(e, target)) > 1e-3:  # away from the kink of max(0, .)
-            assert_gradient(lambda a: S.tar(a, gamma, mean, var, pi, kappa, tau, side), a)
+    expected = sum((v - p) ** 2 / (p * (1 - p)) for v, p in zip(e, target)) / len(e)
+    assert_close(S.tar(a, gamma, mean, var, pi, kappa, tau)[0], expected)
+    assert_gradient(lambda a: S.tar(a, gamma, mean, var, pi, kappa, tau), a)
 
 @checks()
 def tar_of_a_dead_channel_is_finite(S):
@@ -936,40 +948,31 @@ def tar_looks_towards_firing_by_the_sign_of_gamma(S):
     assert_gradient(lambda a: S.tar(a, gamma, *args), a)
 
 @checks()
-def tar_at_least_forgives_what_exceeds(S):
-    ones, zero = np.ones(1), np.zeros(1)
-    high, low = fixed(np.full((4, 1), 3.)), fixed([[-1.], [0], [0.5], [1]])
-    loss, back = S.tar(high, ones, zero, ones, (0.2,), (1,), side="at-least")
-    assert loss == 0 and not back(1.0).any()
-    for side in ("at-least", "two-sided"):
-        assert_close(S.tar(low, ones, zero, ones, (0.6,), (1,), side=side)[0],
-                     S.tar(low, ones, zero, ones, (0.6,), (1,))[0])
-    assert_gradient(lambda a: S.tar(a, ones, zero, ones, (0.6,), (1,), side="at-least"), low)
-    assert S.tar(high, ones, zero, ones, (0.2,), (1,))[1](1.0).any()
-
-@checks()
 def tail_targets_are_expectations_under_their_law(S):
-    kappa, tau, K, shift = (0.5, 1, 2.5), 0.3, 4, 2.0
+    kappa, tau, K = (0.5, 1, 2.5), 0.3, 4
     x = np.arange(-60, 60, 1 / 256) + 1 / 512
-    normal = lambda x, m=0, sd=1: np.exp(-((x - m) / sd) ** 2 / 2) / (sd * math.sqrt(2 * math.pi))
-    b = math.sqrt(3) / math.pi
-    def mixture(shift):
-        sd = 1 / math.sqrt(1 + shift ** 2 * (K - 1) / K ** 2)
-        low, high = -shift * sd / K, shift * sd * (K - 1) / K
-        density = (1 - 1 / K) * normal(x, low, sd) + normal(x, high, sd) / K
-        assert abs((density * x ** 2).sum() / 256 - 1) < 1e-12 > abs((density * x).sum())
-        return density
-    laws = {"normal": [normal(x)], "laplace": [np.exp(-math.sqrt(2) * abs(x)) / math.sqrt(2)],
-            "logistic": [1 / (4 * b * np.cosh(x / (2 * b)) ** 2)], "mixture": [mixture(shift)],
-            "deep_mixture": [normal(x), mixture(shift / 2), mixture(shift)]}
-    assert set(laws) == set(S.TAIL_LAWS)
-    for law, densities in laws.items():
-        expected = [[(d * (0.5 + 0.5 * np.tanh((x - k) / (2 * tau)))).sum() / 256 for k in kappa]
-                    for d in densities]
-        layers = len(densities)
-        assert_close(S.Tail(law, kappa, tau, shift=shift).targets(layers, K), expected, 1e-6)
-    assert_close(S.Tail("normal").targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
-    assert S.Tail("0.2, .04,0.01").targets(2, 10).tolist() == [[0.2, 0.04, 0.01]] * 2
+    normal = lambda m, sd: np.exp(-((x - m) / sd) ** 2 / 2) / (sd * math.sqrt(2 * math.pi))
+    for first, last in ((0, 0), (0, 2), (1.5, 0.5)):
+        targets = S.Tail(kappa, tau, (first, last)).targets(3, K)
+        for pi, shift in zip(targets, (first, (first + last) / 2, last), strict=True):
+            sd = 1 / math.sqrt(1 + shift ** 2 * (K - 1) / K ** 2)
+            low, high = -shift * sd / K, shift * sd * (K - 1) / K
+            density = (1 - 1 / K) * normal(low, sd) + normal(high, sd) / K
+            assert abs((density * x ** 2).sum() / 256 - 1) < 1e-12 > abs((density * x).sum())
+            assert_close(pi, [(density * (0.5 + 0.5 * np.tanh((x - k) / (2 * tau)))).sum() / 256
+                              for k in kappa], 1e-6)
+    assert_close(S.Tail(shift=(0, 0)).targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
+
+@checks(T=st.integers(1, 4), seed=SEED)
+def exceedance_is_equation_12(S, T=3, seed=0):
+    z, y = normal(seed, (T * 2, 2, 3, 2), (2, 2, 3, 2))
+    V, A, n = 0.7, 1.3, 400
+    e_t = [sum(v > V * (i + 0.5) / n for i in range(n)) / n for v in y.ravel()]  # of n thresholds
+    e_s = [sum(z.reshape(T, -1)[:, i]) / (A * T) for i in range(y.size)]
+    expected = sum((a - b) ** 2 for a, b in zip(e_s, e_t)) / y.size
+    assert_close(S.exceedance(z, y, T, V, A)[0], expected, 3e-3)
+    assert S.exceedance(A * fixed(np.concatenate([y > 0] * T)), 9 * y, T, 1e-9, A)[0] < 1e-20
+    assert_gradient(lambda z: S.exceedance(z, y, T, V, A), z)
 
 @checks(**B_K)
 def distillation_is_equation_10(S, B=4, K=3, seed=0):
@@ -988,9 +991,9 @@ def pair_of(S, family, T=2):  # student and teacher agree on some of the images:
 
 @checks()
 def synthesis_parts_are_the_losses(S):
-    for family, law in (("option A", "deep_mixture"), ("vgg11", "0.2,0.04,0.01")):
+    for family, shift in (("option A", (0, 3)), ("vgg11", (2, 1))):
         (teacher, student), x = pair_of(S, family), images_of(family, 4)
-        tail, labels = S.Tail(law, tau=0.3), np.array([0, 2, 1, 1])
+        tail, labels = S.Tail(tau=0.3, shift=shift), np.array([0, 2, 1, 1])
         inputs, p, layers = {}, teacher.params, S.batch_norms(teacher.params)
         t, _ = S.forward(teacher, (x - teacher.mean) / teacher.std,
                          tap=lambda layer, a: (inputs.update({layer: a}), lambda: 0))
@@ -1022,13 +1025,12 @@ def synthesis_gradient_to_the_pixels(S):
     for family in FAMILIES:
         (teacher, student), x = pair_of(S, family), images_of(family, 4)
         assert S.synthesis_loss(x, teacher, student)[0]["adv"] < 0
-        for weights, labels, side in (
-                (S.Weights(), None, "two-sided"), (S.Weights(), [0, 2, 1, 1], "at-least"),
-                *((S.Weights(**dict.fromkeys(TERMS, 0) | {name: 1}), None, "two-sided")
+        for weights, labels in (
+                (S.Weights(), None), (S.Weights(), [0, 2, 1, 1]),
+                *((S.Weights(**dict.fromkeys(TERMS, 0) | {name: 1}), None)
                   for name in TERMS if family == "option A")):
             def f(x):
-                parts, dx = S.synthesis_loss(x, teacher, student, weights, labels,
-                                             S.Tail(side=side))
+                parts, dx = S.synthesis_loss(x, teacher, student, weights, labels)
                 return parts["total"], lambda d: d * dx
             assert_gradient(f, x, tol=1e-6)
 
@@ -1072,13 +1074,16 @@ for _family, _classes in zip(FAMILIES, (0, 3, 0, 3)):
     synthesis_gradient_to_the_generator(_family, _classes)
 
 def distillation_gradient(family):
-    """Eq. (10) with Eq. (7) in it: what a first step of SGD moves the weights by, lr = 1."""
+    """Eq. (10) with (7) and (12) in it: what a first step of SGD moves the weights by, lr = 1."""
     def check(S):
         (teacher, student), x = pair_of(S, family), images_of(family, 4)
-        names = trainable(student.params)
+        names, layers = trainable(student.params), S.batch_norms(student.params)
+        V = {layer: 0.5 + 0.1 * i for i, layer in enumerate(layers) if "shortcut" not in layer}
         def f(*values):
             new = {**student.params, **{name: v.copy() for name, v in zip(names, values)}}
-            loss = S.distillation_step(student._replace(params=new), {}, x, teacher, 4., 1., 0., 3.)
+            loss = S.distillation_step(student._replace(params=new), {}, x, teacher, 4., 1., 0., 3.,
+                                       20., V)
+            assert loss[2] > 0.1
             moved = [(v - new[name]) / 1.9 for name, v in zip(names, values)]
             return sum(loss), lambda d: [d * v for v in moved]
         assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
@@ -1204,12 +1209,10 @@ BAD = [  # what the sentence names, the call
     ("labels", lambda: stars.class_prior(A2, [0, 3])),
     ("labels", lambda: stars.class_prior(A2, [1])),
     ("f_t", lambda: stars.rca(A2[:1], A2[:1])), ("f_s", lambda: stars.rca(A2, A2[:1])),
-    ("law", lambda: stars.Tail("gauss")), ("law", lambda: stars.Tail("0.2,0.1")),
-    ("law", lambda: stars.Tail("0.2,0.1,1.5")), ("law", lambda: stars.Tail("0.2,0.1,0.0")),
-    ("side", lambda: stars.Tail(side="left")), ("tau", lambda: stars.Tail(tau=0)),
+    ("y", lambda: stars.exceedance(A4, A4, 2, 1.0)), ("T", lambda: stars.exceedance(A4, A4, 3, 1)),
+    ("tau", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0.02), tau=0)),
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.1,))),
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0))),
-    ("side", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0.02), side="left")),
     *((name, lambda vectors=vectors: stars.tar(A2, *vectors, (0.2, 0.1, 0.02)))
       for name, vectors in (("gamma", (A2[0, :1], V3, V3)), ("mean", (V3, A2[0, :1], V3)),
                             ("var", (V3, V3, A2[0, :1])))),
@@ -1337,7 +1340,8 @@ EQUATIONS = {  # number: (checks, mutant of the line)
     8: ("tar_is_equation_8", ("(d ** 2).sum() * scale", "abs(d).sum() * scale")),
     9: ("synthesis_gradient_to_the_pixels", ("getattr(weights, k) * loss", "loss")),
     10: ("distillation_is_equation_10", ("tau ** 2", "tau")),
-    11: ("students_and_energy_are_their_simulation", ("in costs)", "in costs[:-1])"))}
+    11: ("students_and_energy_are_their_simulation", ("in costs)", "in costs[:-1])")),
+    12: ("exceedance_is_equation_12", ("(gap * gap)", "abs(gap)"))}
 
 @pytest.fixture(scope="module")
 def score():
@@ -1408,7 +1412,12 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("back_s(-dgap)", "back_s(dgap)", "rca_is_equation_7"),
     ("xp.sign(gamma) / xp.sqrt(var + eps)", "1 / xp.sqrt(var + eps)",
      "tar_looks_towards_firing_by_the_sign_of_gamma"),
-    ("xp.minimum(d, 0) if", "xp.maximum(d, 0) if", "tar_at_least_forgives_what_exceeds"),
+    ("rate * (1 / float(amplitude))", "rate", "exceedance_is_equation_12"),
+    ("xp.clip(y * (1 / v_th), 0, 1)", "y * (1 / v_th)", "exceedance_is_equation_12"),
+    ("(gap.size * float(amplitude))", "gap.size", "exceedance_is_equation_12"),
+    ("dz + back(w_exc", "dz - back(w_exc", "distillation_gradient_option_A"),
+    ("loss * (w_exc / len(thresholds))", "loss * w_exc", "distillation_gradient_option_A"),
+    ("activation is run.activation and run.watch", "run.watch", "networks_are_watched"),
     ("(slope * (dloss / (tau * count)))", "(slope * (dloss / count))", "tar_is_equation_8"),
     ("(target * (1 - target) * d.size", "(target * d.size", "tar_is_equation_8"),
     ("share = gamma.size / channels", "share = 1 / len(layers)", "synthesis_parts_are_the_losses"),
@@ -1447,7 +1456,6 @@ FAST_MUTANTS = [  # as above, of section 12
     ("dv[:, i:j].sum(0)", "dv[:, i:j].mean(0)", "fast_norm_activation_is_norm_activation"),
     ("k * (dgamma * inv * mean - dbeta)", "-k * dbeta", "fast_norm_activation_is_norm_activation"),
     ("(norm or 1)", "norm", "fast_tap_of_statistics_that_match_has_gradient_zero"),
-    ("np.minimum(e - pi, 0) if", "np.maximum(e - pi, 0) if", "fast_tap_is_bn_matching_and_tar"),
     ("dm - 2 * db * m +", "dm +", "fast_tap_is_bn_matching_and_tar"),
     ("slope = np.sign(gamma) /", "slope = 1 /", "fast_tap_is_bn_matching_and_tar")]
 
@@ -1589,11 +1597,11 @@ def fast_tap_is_bn_matching_and_tar(S):
     a[..., 3], mean[3], var[3] = 0.7, 0.7, 0  # a dead channel
     pi = (0.18, 0.03, 0.003)
     weights = ((1.0, 100.0), (0.7, 0.0), (0.0, 30.0), (0.0, 0.0))
-    for side, (w_bn, w_tar), chunk in itertools.product(("two-sided", "at-least"), weights, CHUNKS):
-        tail = S.Tail(kappa=(0.5, 1, 2), tau=0.4, side=side)
+    for (w_bn, w_tar), chunk in itertools.product(weights, CHUNKS):
+        tail = S.Tail(kappa=(0.5, 1, 2), tau=0.4)
         losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=chunk)
         bn, bn_back = S.bn_matching(a, mean, var)
-        tar, tar_back = S.tar(a, gamma, mean, var, pi, tail.kappa, tail.tau, side)
+        tar, tar_back = S.tar(a, gamma, mean, var, pi, tail.kappa, tail.tau)
         assert_all_close(losses, [bn * (w_bn > 0), tar * (w_tar > 0)])
         assert_close(back() + 1, bn_back(w_bn) + tar_back(w_tar) + 1)
         assert w_bn == 0 or assert_close(back(), bn_back(w_bn) + tar_back(w_tar), 1e-10) is None
@@ -1602,7 +1610,7 @@ def fast_tap_is_bn_matching_and_tar(S):
 def fast_tap_of_statistics_that_match_has_gradient_zero(S):
     a = normal(0, (4, 2, 2, 3))
     mean, var = S.moments(a)
-    (bn, _), back = S.fast_tap(a, np.ones(3), mean, var, (0.1,), 1.0, 0.0, S.Tail("0.1", (1,)))
+    (bn, _), back = S.fast_tap(a, np.ones(3), mean, var, (0.1,), 1.0, 0.0, S.Tail((1,)))
     assert bn == 0 and not back().any()
 
 @checks()
@@ -2694,9 +2702,9 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     ("--quantile 2", "--quantile must be 0 to 1"), ("--lam 1.1", "--lam must be 0 to 1"),
     ("--out a --seeds 2", "--out needs"), ("--out a --resume b", "--out needs"),
     ("--w-tv 1", "--w-tv needs --synthesis pixels"), ("--method bn --w-rca 5", "--w-rca needs"),
-    ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--init random --quantile .9", "--quantile"),
+    ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--w-exc -1", "--w-exc must be"),
     ("--method bn_rca", "did you mean bn+rca?"), ("--method star", "did you mean stars?"),
-    ("--tail-law fat", "law must be"), ("--arch resnet-20", "did you mean resnet20?"),
+    ("--method bn --w-exc 5", "--w-exc needs"), ("--arch resnet-20", "did you mean resnet20?"),
     ("--student-arch vg11", "did you mean vgg11?"), ("--dataset cifar11", "did you mean cifar10"),
     ("--dataset none.npz", "no data set 'none.npz'"), ("--device cup", "did you mean cpu?"),
     ("--btach 64", "did you mean --batch?"), ("--nothing", "--nothing"),
@@ -2906,10 +2914,11 @@ def peer_batch_norm(p, name, a, train, running):
         running[name + ".running_mean"], running[name + ".running_var"] = stats
     return F.batch_norm(a, *stats, p[name + ".weight"], p[name + ".bias"], train, .1, 1e-5)
 
-def peer_forward(net, x, train=False, taps=None):
+def peer_forward(net, x, train=False, taps=None, fired=None):
     """x normalised (N, 3, H, W) -> logits (N, K), features (N, D), running statistics (if train).
 
-    taps: a list that collects (BN input, gamma, running mean, running var) of every BN layer.
+    taps: a list that collects (BN input, gamma, running mean, running var) of every BN layer;
+    fired: a dict that collects the outputs of the activations.
     """
     p, running = net.params, {}
 
@@ -2921,11 +2930,15 @@ def peer_forward(net, x, train=False, taps=None):
         return peer_batch_norm(p, name, a, train, running)
 
     def fire(name, a):
-        if not isinstance(net.activation, stars.Neuron):
-            return F.relu(a)
-        currents = [a] * net.T if len(a) == len(x) else a.chunk(net.T)  # the stem's: T times
-        return peer_lif(currents, p.get(name + ".v_th", 1.), p.get(name + ".amplitude", 1.),
-                        net.activation)
+        if isinstance(net.activation, stars.Neuron):
+            currents = [a] * net.T if len(a) == len(x) else a.chunk(net.T)  # the stem's: T times
+            z = peer_lif(currents, p.get(name + ".v_th", 1.), p.get(name + ".amplitude", 1.),
+                         net.activation)
+        else:
+            z = F.relu(a)
+        if fired is not None:
+            fired[name] = z
+        return z
 
     def shortcut(name, z, channels, stride):
         if name + ".0.weight" in p:
@@ -3013,35 +3026,25 @@ def peer_rca(f_t, f_s):  # Eq. (7)
     off_diagonal = 1 - torch.eye(n, dtype=f_t.dtype)
     return ((peer_cosines(f_t) - peer_cosines(f_s)).square() * off_diagonal).sum() / (n * (n - 1))
 
-def peer_tail_target(law, kappa, tau, classes=10, shift=3.):
-    """pi_k = E sigmoid((xi - kappa_k)/tau), xi of mean 0 and variance 1, by quadrature.
-
-    mixture: two normals of sd 1, one in `classes` drawn from the one `shift` above, normalised.
-    """
+def peer_tail_target(kappa, tau, classes, shift):
+    """pi_k = E sigmoid((xi - kappa_k)/tau), by quadrature. xi: two normals of sd 1, one in `classes`
+    drawn from the one `shift` above, normalised to mean 0 and variance 1."""
     node, weight = np.polynomial.legendre.leggauss(400)  # on [-40, 0] and [0, 40]
     xi, weight = np.r_[20 * node - 20, 20 * node + 20], np.r_[20 * weight, 20 * weight]
-    if law == "mixture":
-        q = 1 / classes
-        sd = math.sqrt(1 + shift ** 2 * q * (1 - q))
-        density = ((1 - q) * np.exp(-.5 * xi ** 2) + q * np.exp(-.5 * (xi - shift) ** 2)) / (
-            math.sqrt(2 * math.pi))
-        xi = (xi - q * shift) / sd
-    else:
-        r = math.sqrt(3) / math.pi
-        density = {"normal": np.exp(-.5 * xi ** 2) / math.sqrt(2 * math.pi),
-                   "laplace": np.exp(-math.sqrt(2) * abs(xi)) / math.sqrt(2),
-                   "logistic": .25 / r / np.cosh(xi / 2 / r) ** 2}[law]
+    q = 1 / classes
+    density = ((1 - q) * np.exp(-.5 * xi ** 2) + q * np.exp(-.5 * (xi - shift) ** 2)) / (
+        math.sqrt(2 * math.pi))
+    xi = (xi - q * shift) / math.sqrt(1 + shift ** 2 * q * (1 - q))
     return 1 / (1 + np.exp((np.array(kappa)[:, None] - xi) / tau)) @ (density * weight)
 
-def peer_tar(taps, pi, kappa, tau, side):  # Eq. (8)
+def peer_tar(taps, pi, kappa, tau):  # Eq. (8)
     """pi: (L, K).  The mean runs over all (l, c, k): a wide layer counts for more."""
     terms, pi = [], torch.as_tensor(np.array(pi)).to(taps[0][0].dtype)
     for (a, gamma, mean, var), target in zip(taps, pi, strict=True):
         scale = gamma.sign() / ((var + 1e-5).sqrt() * tau)
         h = torch.addcmul((-mean * scale)[:, None, None], a, scale[:, None, None])  # h / tau
         e = torch.stack([torch.sigmoid(h - k / tau).mean((0, 2, 3)) for k in kappa], 1)
-        d = (target - e).clamp(min=0) if side == "at-least" else e - target
-        terms.append(d.square() / (target * (1 - target)))  # (C, K)
+        terms.append((e - target).square() / (target * (1 - target)))  # (C, K)
     return torch.cat(terms).mean()
 
 def peer_synthesis_loss(x, teacher, student, weights, y=None, tail=None, pi=None):  # Eq. (9)
@@ -3056,7 +3059,7 @@ def peer_synthesis_loss(x, teacher, student, weights, y=None, tail=None, pi=None
     term = {"bn": lambda: peer_bn_matching(taps), "oh": lambda: peer_class_prior(t, y),
             "bal": lambda: peer_balance(t), "adv": lambda: peer_adversarial(t, s),
             "rca": lambda: peer_rca(f_t, f_s),
-            "tar": lambda: peer_tar(taps, pi, tail.kappa, tail.tau, tail.side)}
+            "tar": lambda: peer_tar(taps, pi, tail.kappa, tail.tau)}
     parts = {k: term[k]() for k in term if getattr(weights, k)}
     return {**parts, "total": sum(getattr(weights, k) * v for k, v in parts.items())}
 
@@ -3072,14 +3075,22 @@ def peer_synthesis_step(generator, z, teacher, student, weights, crop, y=None, t
     parts = {k: v.detach() for k, v in parts.items()}
     return parts, dict(zip(w, grads)), dx, images.detach()
 
-def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0.):
+def peer_exceedance(z, y, T, v_th, amplitude):  # Eq. (12)
+    return (z.unflatten(0, (T, -1)).mean(0) / amplitude - (y / v_th).clamp(0, 1)).square().mean()
+
+def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0., w_exc=0., thresholds={}):
     """images (N, 3, H, W) in [0, 1] -> loss, gradients of the student, its running statistics."""
     p, w = peer_leaves(student.params)
+    outputs, fired = ({}, {}) if w_exc else (None, None)
     with torch.no_grad():
         x = peer_normalise(peer_augment(images, *crop), teacher)
-        t, f_t, _ = peer_forward(teacher, x)
-    s, f_s, running = peer_forward(student._replace(params=p), x, train=True)
+        t, f_t, _ = peer_forward(teacher, x, fired=outputs)
+    s, f_s, running = peer_forward(student._replace(params=p), x, train=True, fired=fired)
     loss = tau ** 2 * peer_kl(t / tau, s / tau).mean() + w_rca * peer_rca(f_t, f_s)  # Eq. (10)
+    for layer, V in thresholds.items() if w_exc else ():
+        if layer in fired and fired[layer].shape[1:] == outputs[layer].shape[1:]:
+            loss = loss + w_exc / len(thresholds) * peer_exceedance(
+                fired[layer], outputs[layer], student.T, V, p.get(layer + ".amplitude", 1.))
     return loss.detach(), dict(zip(w, torch.autograd.grad(loss, list(w.values())))), running
 
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed: make peer")
@@ -3135,15 +3146,15 @@ def test_peer_networks_agree(family):
             assert_agree(our_grads, dict(zip(leaves_, grads)))
 
 @needs_torch
-@pytest.mark.parametrize("law", [*stars.TAIL_LAWS, "0.2,0.04,0.01"])
-def test_peer_synthesis_losses_agree(law):
+@pytest.mark.parametrize("shift", ((0, 0), (0, 2.5), (3, 1)))
+def test_peer_synthesis_losses_agree(shift):
     """Every part of Eq. (9), alone and together, and dL/dx, for each family."""
-    for family, side in itertools.product(FAMILIES, ("two-sided", "at-least")):
-        teacher, student, *peers = peer_pair(family, STUDENTS[len(law) % 12])
-        x, tail = images_of(family, 6), stars.Tail(law, tau=0.3, side=side, shift=2.5)
+    for i, family in enumerate(FAMILIES):
+        teacher, student, *peers = peer_pair(family, STUDENTS[(4 * i + shift[0]) % 12])
+        x, tail = images_of(family, 6), stars.Tail(tau=0.3, shift=shift)
         pi = tail.targets(len(stars.batch_norms(teacher.params)), 3)
         cases = [(stars.Weights(), None), (stars.Weights(2, 3, 5, 7, 11, 13), [0, 2, 1, 1, 0, 2])]
-        for term in TERMS if (law, side) == ("normal", "two-sided") else ("tar",):
+        for term in TERMS if shift == (0, 0) else ("tar",):
             cases.append((stars.Weights(**dict.fromkeys(TERMS, 0.0) | {term: 1.0}), None))
         for weights, labels in cases:
             parts, dx = stars.synthesis_loss(x, teacher, student, weights, labels, tail)
@@ -3156,11 +3167,9 @@ def test_peer_synthesis_losses_agree(law):
 @needs_torch
 def test_peer_tail_targets_agree():
     kappa, tau = (0.5, 1, 2.5), 0.3
-    for law in ("normal", "laplace", "logistic", "mixture"):
-        for classes, shift in ((10, 3.0), (100, 2.0)):
-            ours = stars.Tail(law, kappa, tau, shift=shift).targets(2, classes)
-            pi = peer_tail_target(law, kappa, tau, classes, shift)
-            assert_close(ours, [pi, pi], 1e-6 if law == "laplace" else 1e-9)  # it has a kink at 0
+    for classes, shift in ((10, (0.0, 3.0)), (100, (2.0, 1.0))):
+        ours = stars.Tail(kappa, tau, shift).targets(2, classes)
+        assert_close(ours, [peer_tail_target(kappa, tau, classes, s) for s in shift], 1e-9)
 
 @needs_torch
 @pytest.mark.parametrize("classes", (0, 3))
@@ -3189,14 +3198,17 @@ def test_peer_distillation_steps_agree(family):
     x, crop = images_of(family, 4), stars.draw_augmentation(np.random.default_rng(3), 4)
     for neuron in STUDENTS if family == "option A" else STUDENTS[::5]:
         teacher, student, *peers = peer_pair(family, neuron)
-        cropped = stars.normalise(stars.augment(x, *crop)[0], teacher.mean, teacher.std)[0]
-        t, _ = stars.forward(teacher, cropped, need="")
-        s, back = stars.forward(student, cropped, train=True, need="p")
-        loss, loss_back = stars.distillation_loss(t.logits, s.logits, 2.5)
-        relations, rca_back = stars.rca(t.features, s.features)
-        grads = back(loss_back(), rca_back(3.)[1])[1]
-        theirs = peer_distillation_step(peer_images(x), *peers, 2.5, crop, 3.)
-        for ours, other in zip((loss + 3 * relations, grads, s.running), theirs, strict=True):
+        V = {layer: 0.5 + 0.1 * (i % 7) for i, layer in enumerate(stars.batch_norms(teacher.params))
+             if "shortcut" not in layer}
+        cropped, running = stars.augment(x, *crop)[0], {}
+        new = {k: np.array(v) for k, v in student.params.items()}
+        loss = sum(stars.distillation_step(student._replace(params=new), {}, cropped, teacher, 2.5, 1.,
+                                           0., 3., 20., V))
+        grads = {k: (student.params[k] - new[k]) / 1.9 for k in trainable(student.params)
+                 if np.ndim(new[k])}
+        running = {k: new[k] for k in new if "running" in k}
+        theirs = peer_distillation_step(peer_images(x), *peers, 2.5, crop, 3., 20., V)
+        for ours, other in zip((loss, grads, running), theirs, strict=True):
             assert_agree(ours, other)
 
 @needs_torch
@@ -3231,7 +3243,7 @@ def peer_bench(a):
     pool = peer_images(rng.random((a.batch, 32, 32, 3), np.float32), last)
     z, crop = torch.randn(a.batch, 256), stars.draw_augmentation(rng, a.batch)
     normal, layers = peer_normalise(pool, teacher), len(stars.batch_norms(teacher.params))
-    pi = stars.Tail().targets(layers, 10)
+    pi, V = stars.Tail().targets(layers, 10), dict.fromkeys(stars.batch_norms(teacher.params), 1.)
     sgd = torch.optim.SGD(peer_leaves(student.params)[1].values(), .05, .9, 0, 5e-4, True)
     adam = torch.optim.Adam(peer_leaves(generator)[1].values(), 1e-3, (.5, .999))
 
@@ -3242,7 +3254,7 @@ def peer_bench(a):
 
     def distill():
         _, grads, running = peer_distillation_step(pool, teacher, student, 4., crop,
-                                                   stars.Weights().rca)
+                                                   stars.Weights().rca, stars.Config.w_exc, V)
         update(sgd, grads)
         student.params.update(running)
 
