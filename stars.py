@@ -10,12 +10,12 @@ data that is gone. A generator makes images from that knowledge, Eq. (9); a spik
 the teacher's answers on them, Eq. (10). Sections 0 to 6 are the method, the rest makes it a tool:
 
     1 arrays and devices          4 networks, Eq. (11)      7 data                 10 reports
-    2 operators                   5 losses, Eq. (3)-(10)    8 weights and files    11 command line
+    2 operators                   5 losses, (3)-(10), (12)  8 weights and files    11 command line
     3 spiking neuron, Eq. (1-2)   6 optimisers              9 procedures           12 fast CPU paths
 
 The equations are numbered as in README.md; `# Eq. (n)` stands on the line that computes one.
 Eq. (7) and (8) are this project's formalisation of the abstract of STARS (arXiv 2605.27409):
-relational consistency and tail-aware regularisation are the paper's ideas, the formulas are ours.
+the ideas are the paper's, the formulas are ours. Eq. (12) is not in the abstract.
 
 Images and feature maps are NHWC, convolution weights (K, C, R, S), names of parameters those of a
 PyTorch state_dict. T time steps are folded into the batch: (T, N, ...) -> (T*N, ...).
@@ -593,6 +593,7 @@ class Tail:
     @functools.lru_cache
     def targets(self, layers, classes):
         """pi (layers, kappas) = E sigmoid((xi - kappa)/tau), layers from input to output."""
+        require(self.tau > 0, f"tau must be positive, not {self.tau}")
         p, shift = 1 / classes, np.linspace(*self.shift, layers)[:, None]
         sd, xi = np.sqrt(1 + p * (1 - p) * shift ** 2), np.linspace(-40, 40, 80001)
         density = ((1 - p) * np.exp(-0.5 * (xi * sd + p * shift) ** 2) +
@@ -698,11 +699,11 @@ def distillation_loss(t, s, tau=4.0):
         return (xp.exp(log_s) - p_t) * (dloss * tau / len(t))
     return tau ** 2 * (p_t * (log_t - log_s)).sum() / len(t), back  # Eq. (10)
 
-def exceedance(z, y, T, v_th, amplitude=1.0):
-    """Threshold exceedance: mean over neurons and images of (e_s - e_t)^2, Eq. (8) of a student.
-    z (T*N, ...): output of its layer, e_s the share of the T steps at which it spikes. y (N, ...):
-    output of the same layer of the teacher, constant; e_t: the share of the thresholds from 0 to
-    v_th that y exceeds.   back: dloss -> dz.   Ours, after arXiv 2605.27409."""
+def rate_matching(z, y, T, v_th, amplitude=1.0):
+    """A layer of Eq. (12): mean over neurons and images of (z / A averaged over T - clip(y / V))^2.
+    z (T*N, ...): its output in the student, values 0 and amplitude A. y (N, ...): in the teacher,
+    constant, clipped to 0 .. 1 in units of V = v_th > 0.   back: dloss -> dz."""
+    require(v_th > 0, f"v_th must be positive, not {v_th}")
     rate, time_back = mean_over_time(z, T)
     expect("y", y, *rate.shape)
     gap = rate * (1 / float(amplitude)) - xp.clip(y * (1 / v_th), 0, 1)
@@ -1085,7 +1086,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
 VERSION = 3  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
-             "quick": dict(epochs=35, warm_up=20, synthesis_steps=25, distill_steps=80, batch=64),
+             "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=80, batch=64),
              "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
 STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
           "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
@@ -1127,7 +1128,7 @@ class Config:
     w_adv: float = flag(Weights.adv, "weight of Eq. (6)", "d")
     w_rca: float = flag(Weights.rca, "weight of Eq. (7), in (9) and in (10)", "d")
     w_tar: float = flag(Weights.tar, "weight of Eq. (8), in (9)", "d")
-    w_exc: float = flag(300.0, "weight of Eq. (12), in (10), with Eq. (8)", "d")
+    w_rate: float = flag(300.0, "weight of Eq. (12), in (10), for layers that both have", "d")
     w_tv: float = flag(0.0, "weight of the total variation, pixels only", "d")
     tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d", least=1e-3)
     lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for a teacher's", "dt", least=1e-9)
@@ -1174,25 +1175,26 @@ def train_step(net, state, x, criterion, lr, weight_decay, watch=None):
     net.params.update(out.running)
     return losses
 
-def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0, w_exc=0.0,
+def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0, w_rate=0.0,
                       thresholds={}):
-    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds: V of Eq.
-    (12) for each layer of the teacher that the student has too.   -> its losses, weighted by w_.."""
-    outputs, exceedances = {}, []
+    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds: V of each
+    layer for Eq. (12), which is over those that both networks have.   -> the losses of (10)"""
+    outputs, rates = {}, []
     t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="",
-                watch=outputs.__setitem__ if w_exc else None)[0]
+                watch=outputs.__setitem__ if w_rate else None)[0]
     def watch(layer, z):
-        if layer in thresholds and outputs[layer].shape[1:] == z.shape[1:]:
-            loss, back = exceedance(z, outputs[layer], student.T, thresholds[layer],
-                                    student.params.get(layer + ".amplitude", 1.0))
-            exceedances.append(loss * (w_exc / len(thresholds)))
-            return lambda dz: dz + back(w_exc / len(thresholds))
+        y = outputs.pop(layer, z[:0])
+        if layer in thresholds and y.shape == (len(x), *z.shape[1:]):
+            loss, back = rate_matching(z, y, student.T, thresholds[layer],
+                                       student.params.get(layer + ".amplitude", 1.0))
+            rates.append(loss)
+            return lambda dz: dz + back(w_rate / len(rates))  # when all layers have been seen
     def criterion(s):
         relations, back = rca(t.features, s.features)
         yield distillation_loss(t.logits, s.logits, tau)
         yield w_rca * relations, lambda: back(w_rca)[1]
-    losses = train_step(student, state, x, criterion, lr, weight_decay, w_exc and watch)
-    return *losses, sum(exceedances)
+    losses = train_step(student, state, x, criterion, lr, weight_decay, w_rate and watch)
+    return *losses, w_rate * sum(rates) / max(1, len(rates))
 
 def crops(rng, x):
     """uint8 images on the host -> float32 images in [0, 1] on the device, shifted and flipped."""
@@ -1215,7 +1217,7 @@ def evaluate(net, x, y, batch=256):
                 energy_uj=float(uj) if rates else None, ann_energy_uj=float(ann))
 
 def thresholds_of(c, teacher, x):
-    """V of each layer: a quantile of the teacher's activations on uint8 images x, 1 in 7 looked at."""
+    """V of each layer: a quantile of every seventh activation of the teacher on uint8 images x."""
     found = {}
     def watch(layer, z):
         found[layer] = max(1e-3, float(np.quantile(to_host(z).ravel()[::7], c.quantile)))
@@ -1308,16 +1310,15 @@ def distil(c, teacher, arch, size, folder, cost, real=()):
             synthesis_loss(x[:32], *nets, Weights(*one))[1]))
             for (k, weight), one in zip(vars(weights).items(), np.eye(6).tolist()) if weight}
         images = pool(epoch + 1)
-        if epoch >= c.warm_up - 1:
-            V = thresholds_of(c, teacher, images[c.warm_up * batches - 1])
+        V = thresholds_of(c, teacher, images[min(epoch + 1, c.warm_up) * batches - 1])
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, arch, V))
         for step in range(0 if warm else c.distill_steps):
             i = rng.integers(ripe, len(images), c.batch), rng.integers(held, c.batch, c.batch)
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
-            yield "distillation", dict(zip(("kd", "rkd", "exc"), distillation_step(
+            yield "distillation", dict(zip(("kd", "rkd", "rate"), distillation_step(
                 student, groups["sgd"], crops(rng, images[i]), teacher, c.tau_kd, lr,
-                c.weight_decay, both.rca, c.w_exc * on[1], V)))
+                c.weight_decay, both.rca, c.w_rate, V)))
         found = {} if warm else agreement(images[-32:])
         row |= {"agreement": found["accuracy"]} if found else {}
         row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
@@ -1434,7 +1435,7 @@ def run_bench(c):
     x, z = (xp.asarray(rng.random(shape, np.float32)) for shape in ((B, 32, 32, 3), (B, c.z_dim)))
     result = dict(
         distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05,
-                                                 5e-4, Weights.rca, Config.w_exc, V),
+                                                 5e-4, Weights.rca, Config.w_rate, V),
         synthesis_step_s=lambda: synthesis_step(params, moments, z, None, crop, ann, snn, Weights(),
                                                 1e-3),
         teacher_forward_s=lambda: forward(ann, x, need=""),
@@ -1666,7 +1667,6 @@ def parse(argv):
                 ("w_tv", c.synthesis == "pixels", "--synthesis pixels"),
                 ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
                 ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
-                ("w_exc", c.method in ("bn+tar", "stars", "all"), "Eq. (12) in --method"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
             require(fits or name not in given, f"--{name.replace('_', '-')} needs {other}")
     except (ValueError, UserError) as error:

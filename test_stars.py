@@ -964,15 +964,15 @@ def tail_targets_are_expectations_under_their_law(S):
     assert_close(S.Tail(shift=(0, 0)).targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
 
 @checks(T=st.integers(1, 4), seed=SEED)
-def exceedance_is_equation_12(S, T=3, seed=0):
+def rate_matching_is_equation_12(S, T=3, seed=0):
     z, y = normal(seed, (T * 2, 2, 3, 2), (2, 2, 3, 2))
     V, A, n = 0.7, 1.3, 400
     e_t = [sum(v > V * (i + 0.5) / n for i in range(n)) / n for v in y.ravel()]  # of n thresholds
     e_s = [sum(z.reshape(T, -1)[:, i]) / (A * T) for i in range(y.size)]
     expected = sum((a - b) ** 2 for a, b in zip(e_s, e_t)) / y.size
-    assert_close(S.exceedance(z, y, T, V, A)[0], expected, 3e-3)
-    assert S.exceedance(A * fixed(np.concatenate([y > 0] * T)), 9 * y, T, 1e-9, A)[0] < 1e-20
-    assert_gradient(lambda z: S.exceedance(z, y, T, V, A), z)
+    assert_close(S.rate_matching(z, y, T, V, A)[0], expected, 3e-3)
+    assert S.rate_matching(A * fixed(np.concatenate([y > 0] * T)), 9 * y, T, 1e-9, A)[0] < 1e-20
+    assert_gradient(lambda z: S.rate_matching(z, y, T, V, A), z)
 
 @checks(**B_K)
 def distillation_is_equation_10(S, B=4, K=3, seed=0):
@@ -1078,7 +1078,8 @@ def distillation_gradient(family):
     def check(S):
         (teacher, student), x = pair_of(S, family), images_of(family, 4)
         names, layers = trainable(student.params), S.batch_norms(student.params)
-        V = {layer: 0.5 + 0.1 * i for i, layer in enumerate(layers) if "shortcut" not in layer}
+        V = {layer: 0.5 + 0.1 * i for i, layer in enumerate(layers[1:]) if "shortcut" not in layer}
+        V["none"] = 1.0  # the mean of Eq. (12) is over layers that both have and have a V
         def f(*values):
             new = {**student.params, **{name: v.copy() for name, v in zip(names, values)}}
             loss = S.distillation_step(student._replace(params=new), {}, x, teacher, 4., 1., 0., 3.,
@@ -1209,7 +1210,10 @@ BAD = [  # what the sentence names, the call
     ("labels", lambda: stars.class_prior(A2, [0, 3])),
     ("labels", lambda: stars.class_prior(A2, [1])),
     ("f_t", lambda: stars.rca(A2[:1], A2[:1])), ("f_s", lambda: stars.rca(A2, A2[:1])),
-    ("y", lambda: stars.exceedance(A4, A4, 2, 1.0)), ("T", lambda: stars.exceedance(A4, A4, 3, 1)),
+    ("y", lambda: stars.rate_matching(A4, A4, 2, 1.0)),
+    ("T", lambda: stars.rate_matching(A4, A4, 3, 1.0)),
+    ("v_th", lambda: stars.rate_matching(A4, A4, 1, 0.0)),
+    ("tau", lambda: stars.Tail(tau=0).targets(2, 10)),
     ("tau", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0.02), tau=0)),
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.1,))),
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.2, 0.1, 0))),
@@ -1341,7 +1345,7 @@ EQUATIONS = {  # number: (checks, mutant of the line)
     9: ("synthesis_gradient_to_the_pixels", ("getattr(weights, k) * loss", "loss")),
     10: ("distillation_is_equation_10", ("tau ** 2", "tau")),
     11: ("students_and_energy_are_their_simulation", ("in costs)", "in costs[:-1])")),
-    12: ("exceedance_is_equation_12", ("(gap * gap)", "abs(gap)"))}
+    12: ("rate_matching_is_equation_12", ("(gap * gap)", "abs(gap)"))}
 
 @pytest.fixture(scope="module")
 def score():
@@ -1412,11 +1416,12 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("back_s(-dgap)", "back_s(dgap)", "rca_is_equation_7"),
     ("xp.sign(gamma) / xp.sqrt(var + eps)", "1 / xp.sqrt(var + eps)",
      "tar_looks_towards_firing_by_the_sign_of_gamma"),
-    ("rate * (1 / float(amplitude))", "rate", "exceedance_is_equation_12"),
-    ("xp.clip(y * (1 / v_th), 0, 1)", "y * (1 / v_th)", "exceedance_is_equation_12"),
-    ("(gap.size * float(amplitude))", "gap.size", "exceedance_is_equation_12"),
-    ("dz + back(w_exc", "dz - back(w_exc", "distillation_gradient_option_A"),
-    ("loss * (w_exc / len(thresholds))", "loss * w_exc", "distillation_gradient_option_A"),
+    ("rate * (1 / float(amplitude))", "rate", "rate_matching_is_equation_12"),
+    ("xp.clip(y * (1 / v_th), 0, 1)", "y * (1 / v_th)", "rate_matching_is_equation_12"),
+    ("(gap.size * float(amplitude))", "gap.size", "rate_matching_is_equation_12"),
+    ("dz + back(w_rate", "dz - back(w_rate", "distillation_gradient_option_A"),
+    ("w_rate * sum(rates) /", "w_rate * sum(rates) * ", "distillation_gradient_option_A"),
+    ("(w_rate / len(rates))", "(w_rate / len(thresholds))", "distillation_gradient_option_A"),
     ("activation is run.activation and run.watch", "run.watch", "networks_are_watched"),
     ("(slope * (dloss / (tau * count)))", "(slope * (dloss / count))", "tar_is_equation_8"),
     ("(target * (1 - target) * d.size", "(target * d.size", "tar_is_equation_8"),
@@ -2702,9 +2707,9 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     ("--quantile 2", "--quantile must be 0 to 1"), ("--lam 1.1", "--lam must be 0 to 1"),
     ("--out a --seeds 2", "--out needs"), ("--out a --resume b", "--out needs"),
     ("--w-tv 1", "--w-tv needs --synthesis pixels"), ("--method bn --w-rca 5", "--w-rca needs"),
-    ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--w-exc -1", "--w-exc must be"),
+    ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--w-rate -1", "--w-rate must be"),
     ("--method bn_rca", "did you mean bn+rca?"), ("--method star", "did you mean stars?"),
-    ("--method bn --w-exc 5", "--w-exc needs"), ("--arch resnet-20", "did you mean resnet20?"),
+    ("--arch resnet-20", "did you mean resnet20?"),
     ("--student-arch vg11", "did you mean vgg11?"), ("--dataset cifar11", "did you mean cifar10"),
     ("--dataset none.npz", "no data set 'none.npz'"), ("--device cup", "did you mean cpu?"),
     ("--btach 64", "did you mean --batch?"), ("--nothing", "--nothing"),
@@ -3027,8 +3032,8 @@ def peer_rca(f_t, f_s):  # Eq. (7)
     return ((peer_cosines(f_t) - peer_cosines(f_s)).square() * off_diagonal).sum() / (n * (n - 1))
 
 def peer_tail_target(kappa, tau, classes, shift):
-    """pi_k = E sigmoid((xi - kappa_k)/tau), by quadrature. xi: two normals of sd 1, one in `classes`
-    drawn from the one `shift` above, normalised to mean 0 and variance 1."""
+    """pi_k = E sigmoid((xi - kappa_k)/tau), by quadrature. xi: two normals of sd 1, one in
+    `classes` drawn from the one `shift` above, normalised to mean 0 and variance 1."""
     node, weight = np.polynomial.legendre.leggauss(400)  # on [-40, 0] and [0, 40]
     xi, weight = np.r_[20 * node - 20, 20 * node + 20], np.r_[20 * weight, 20 * weight]
     q = 1 / classes
@@ -3075,22 +3080,23 @@ def peer_synthesis_step(generator, z, teacher, student, weights, crop, y=None, t
     parts = {k: v.detach() for k, v in parts.items()}
     return parts, dict(zip(w, grads)), dx, images.detach()
 
-def peer_exceedance(z, y, T, v_th, amplitude):  # Eq. (12)
+def peer_rate_matching(z, y, T, v_th, amplitude):  # Eq. (12)
     return (z.unflatten(0, (T, -1)).mean(0) / amplitude - (y / v_th).clamp(0, 1)).square().mean()
 
-def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0., w_exc=0., thresholds={}):
+def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0., w_rate=0., thresholds={}):
     """images (N, 3, H, W) in [0, 1] -> loss, gradients of the student, its running statistics."""
     p, w = peer_leaves(student.params)
-    outputs, fired = ({}, {}) if w_exc else (None, None)
+    outputs, fired = ({}, {}) if w_rate else (None, None)
     with torch.no_grad():
         x = peer_normalise(peer_augment(images, *crop), teacher)
         t, f_t, _ = peer_forward(teacher, x, fired=outputs)
     s, f_s, running = peer_forward(student._replace(params=p), x, train=True, fired=fired)
     loss = tau ** 2 * peer_kl(t / tau, s / tau).mean() + w_rca * peer_rca(f_t, f_s)  # Eq. (10)
-    for layer, V in thresholds.items() if w_exc else ():
-        if layer in fired and fired[layer].shape[1:] == outputs[layer].shape[1:]:
-            loss = loss + w_exc / len(thresholds) * peer_exceedance(
-                fired[layer], outputs[layer], student.T, V, p.get(layer + ".amplitude", 1.))
+    rates = [peer_rate_matching(fired[layer], outputs[layer], student.T, V,
+                                p.get(layer + ".amplitude", 1.))
+             for layer, V in thresholds.items() if w_rate and layer in fired
+             and fired[layer].shape[1:] == outputs[layer].shape[1:]]
+    loss = loss + w_rate * sum(rates) / max(1, len(rates))
     return loss.detach(), dict(zip(w, torch.autograd.grad(loss, list(w.values())))), running
 
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed: make peer")
@@ -3202,8 +3208,8 @@ def test_peer_distillation_steps_agree(family):
              if "shortcut" not in layer}
         cropped, running = stars.augment(x, *crop)[0], {}
         new = {k: np.array(v) for k, v in student.params.items()}
-        loss = sum(stars.distillation_step(student._replace(params=new), {}, cropped, teacher, 2.5, 1.,
-                                           0., 3., 20., V))
+        loss = sum(stars.distillation_step(student._replace(params=new), {}, cropped, teacher, 2.5,
+                                           1., 0., 3., 20., V))
         grads = {k: (student.params[k] - new[k]) / 1.9 for k in trainable(student.params)
                  if np.ndim(new[k])}
         running = {k: new[k] for k in new if "running" in k}
@@ -3254,7 +3260,7 @@ def peer_bench(a):
 
     def distill():
         _, grads, running = peer_distillation_step(pool, teacher, student, 4., crop,
-                                                   stars.Weights().rca, stars.Config.w_exc, V)
+                                                   stars.Weights().rca, stars.Config.w_rate, V)
         update(sgd, grads)
         student.params.update(running)
 
@@ -3456,6 +3462,7 @@ def ablation(argv):
             ("jobs", 1, "runs at a time"), ("curve", 2000, "test images for a point of the curve"),
             ("save", "", "path of the results, without .json and .png"),
             ("w-rca", "", "for the methods that have it"), ("w-tar", "", "likewise"),
+            ("w-rate", "", "for all"),
             ("dataset", "cifar10", ""), ("data-dir", "data", "")):
         cli.add_argument("--" + name, type=type(value), default=value, help=about)
     a, flags = cli.parse_known_args(argv)
@@ -3468,7 +3475,8 @@ def ablation(argv):
         cells[folder := Path(a.runs) / f"{method}-s{seed}"] = [
             *flags, "--seed", seed, "--method", method,
             *["--w-rca", a.w_rca] * bool(rca and a.w_rca),
-            *["--w-tar", a.w_tar] * bool(tar and a.w_tar)]
+            *["--w-tar", a.w_tar] * bool(tar and a.w_tar),
+            *["--w-rate", a.w_rate] * bool(a.w_rate)]
         _, now = stars.parse(cells[folder])  # ends with code 2 where a flag is wrong
         if (folder / "config.json").exists():
             stars.same_run(folder, json.loads((folder / "config.json").read_text()),
