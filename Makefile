@@ -1,7 +1,7 @@
 # make run       teacher -> spiking student on CIFAR-10, without data (about 15 minutes on 2 cores)
 # make test      the gradient checks and all other tests, in a few minutes
 # make torture   the long ones: every generated mutant, 14,000 damaged files, 50 killed runs
-# make ablation  bn, bn+rca, bn+tar, stars and the ceiling, two seeds (about two hours on 2 cores)
+# make ablation  bn, bn+rca, bn+tar, stars and the ceiling, two seeds (two to three hours on 2 cores)
 # make bench     speed, beside PyTorch where make peer installed it
 PYTHON ?= python3
 VENV := .venv
