@@ -444,8 +444,8 @@ def resnet(params, x, activation=relu, T=1, **mode):
     """A ResNet of basic blocks (He et al. 2016), its shape read off the names in params.
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
-    a loss on the input a of a batch norm, see there; watch(layer, z), which sees the output z of
-    each activation and may return dz -> dz, to add a gradient; measure, to fill rates and costs.
+    a loss on the input a of a batch norm, see there; watch(layer, z), called with the output z
+    of each activation: None, or dz -> dz, to add a gradient; measure, to fill rates and costs.
     Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}."""
     def body(run, backs):
         z, back = _layer(run, "conv1", "bn1", x, first=True)
@@ -605,7 +605,7 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, eps=1e-5):
     """Tail-aware regularisation of a layer: mean_ck (e_ck - pi_k)^2 / (pi_k (1 - pi_k)).
     a (..., C): input of a batch norm of the teacher with weight gamma, running mean and var, (C,).
     e_ck: mean soft exceedance of kappa_k by h, the normalised a, positive towards firing; h = 0
-    where gamma = 0. pi: a number for each kappa.   back: dloss -> da.   Ours, after 2605.27409."""
+    where gamma = 0. pi: as many as kappa.   back: dloss -> da.   Ours, after arXiv 2605.27409."""
     require(tau > 0, f"tau must be positive, not {tau}")
     require(len(pi) == len(kappa) and all(0 < p < 1 for p in pi),
             f"pi must be {len(kappa)} numbers between 0 and 1, not {pi}")

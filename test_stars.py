@@ -2850,7 +2850,7 @@ def test_what_is_shipped_is_what_its_sums_say():
         assert "teacher" not in path.name or 0 < info["accuracy"] < 1
 
 # ---- PyTorch peer --------------------------------------------------------------------------------
-# The networks, Eq. (1)-(10) and both steps once more, from the equations, with autograd. Images are
+# The networks, Eq. (1)-(10), (12) and both steps again, from the equations, with autograd. Images are
 # NCHW in [0, 1]; a net is a stars.Net of tensors; dtype and memory format follow the weights.
 
 try:
@@ -3206,7 +3206,7 @@ def test_peer_distillation_steps_agree(family):
         teacher, student, *peers = peer_pair(family, neuron)
         V = {layer: 0.5 + 0.1 * (i % 7) for i, layer in enumerate(stars.batch_norms(teacher.params))
              if "shortcut" not in layer}
-        cropped, running = stars.augment(x, *crop)[0], {}
+        cropped = stars.augment(x, *crop)[0]
         new = {k: np.array(v) for k, v in student.params.items()}
         loss = sum(stars.distillation_step(student._replace(params=new), {}, cropped, teacher, 2.5,
                                            1., 0., 3., 20., V))
@@ -3462,7 +3462,6 @@ def ablation(argv):
             ("jobs", 1, "runs at a time"), ("curve", 2000, "test images for a point of the curve"),
             ("save", "", "path of the results, without .json and .png"),
             ("w-rca", "", "for the methods that have it"), ("w-tar", "", "likewise"),
-            ("w-rate", "", "for all"),
             ("dataset", "cifar10", ""), ("data-dir", "data", "")):
         cli.add_argument("--" + name, type=type(value), default=value, help=about)
     a, flags = cli.parse_known_args(argv)
@@ -3475,8 +3474,7 @@ def ablation(argv):
         cells[folder := Path(a.runs) / f"{method}-s{seed}"] = [
             *flags, "--seed", seed, "--method", method,
             *["--w-rca", a.w_rca] * bool(rca and a.w_rca),
-            *["--w-tar", a.w_tar] * bool(tar and a.w_tar),
-            *["--w-rate", a.w_rate] * bool(a.w_rate)]
+            *["--w-tar", a.w_tar] * bool(tar and a.w_tar)]
         _, now = stars.parse(cells[folder])  # ends with code 2 where a flag is wrong
         if (folder / "config.json").exists():
             stars.same_run(folder, json.loads((folder / "config.json").read_text()),
