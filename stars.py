@@ -1431,7 +1431,7 @@ def run_bench(c):
     ann = Net(init_weights(weight_shapes(arch, 10), rng))
     snn = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T or 4)
     params = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
-    (t, s), V = check_memory(c, B, 32, ann, snn), dict.fromkeys(batch_norms(ann.params), 1.0)
+    V = dict.fromkeys(batch_norms(ann.params), 1.0)
     x, z = (xp.asarray(rng.random(shape, np.float32)) for shape in ((B, 32, 32, 3), (B, c.z_dim)))
     result = dict(
         distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05,
@@ -1442,41 +1442,23 @@ def run_bench(c):
         student_forward_s=lambda: forward(snn, x, train=True, need=""))
     for name, job in result.items():  # to_host waits for a GPU
         result[name] = np.median(timeit.repeat(lambda: (job(), to_host(z)), number=1, repeat=9)[2:])
-    rate = B / result["distill_step_s"]
-    result |= dict(images_per_s=rate, gflops=rate * (t + 3 * s) * 2e-9,
+    rate, macs = B / result["distill_step_s"], multiply_adds(ann, 32) + 3 * multiply_adds(snn, 32)
+    result |= dict(images_per_s=rate, gflops=rate * macs * 2e-9,
                    peak_mib=(linux_says("VmHWM:") - before) / 1024 if before else None)
     print(*(f"{k:20} {v and format(v, '.4g')}" for k, v in result.items()), sep="\n")
     return result
 
-def linux_says(key, path="/proc/self/status"):
-    """The number after key in a file in which Linux tells of memory, 0 where there is none."""
-    with contextlib.suppress(OSError, TypeError), open(path) as file:
+def linux_says(key):
+    """KiB of this process that Linux tells under the name of key, 0 where it tells nothing."""
+    with contextlib.suppress(OSError, TypeError), open("/proc/self/status") as file:
         return int(re.search(key + r"\s*(\d+)", file.read())[1])
     return 0
 
-def memory_there(root="/"):
-    """Bytes this process may take: what the machine has free, less in a container with a limit."""
-    ours, group = linux_says("VmRSS:") << 10, root + "sys/fs/cgroup/memory"
-    limits = (linux_says("", group + file) for file in (".max", "/memory.limit_in_bytes"))
-    free = linux_says("MemAvailable:", root + "proc/meminfo") << 10
-    return min(free or 2 ** 60, *(limit - ours for limit in limits if limit), 2 ** 60)
-
-def check_memory(c, batch, size, *nets, training=True):
-    """UserError where a step takes more memory than there is: by measured factors, the maps and
-    weights of each net, the generator's maps.   -> multiply-adds of each net forward, an image"""
-    work, need = [], (80 << 20) + 16 * batch * c.generator_width * size ** 2 * (len(nets) > 1)
-    for net in nets:
-        x = xp.zeros((1, size, size, 3), np.float32)
-        costs = {k: n for k, n, _ in forward(net, x, need="", measure=True)[0].costs if n}
-        first, *others = costs.values()
-        work.append(first + net.T * sum(others))
-        maps = [n / net.params[k + ".weight"][0].size for k, n in costs.items()]
-        kept = 2.2 * sum(maps) + 2 * max(maps) if training else 1.1 * sum(maps)
-        need += int(4 * batch * net.T * kept + 20 * sum(map(np.size, net.params.values())))
-    there = memory_there()
-    demand(xp is not np or need < there, f"--batch {batch} takes about {need >> 20} MiB of memory "
-           f"and {there >> 20} are there: --batch {batch * there // need} may do")
-    return work
+def multiply_adds(net, size):
+    """Multiply-adds of the network for an image of size x size, forward, over its time steps."""
+    x = xp.zeros((1, size, size, 3), np.float32)
+    first, *others = (macs for _, macs, _ in forward(net, x, need="", measure=True)[0].costs)
+    return first + net.T * sum(others)
 
 # ---- 11  Command line ----------------------------------------------------------------------------
 
@@ -1580,7 +1562,7 @@ def run_distil(c):
     real = data_of(c, "train", classes)[0] if c.method == "real" else ()
     demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
     draft = Net(init_weights(weight_shapes(arch, classes), np.random.default_rng(0)), Neuron(), c.T)
-    t, s = check_memory(c, c.batch, size, teacher, draft)  # multiply-adds; g: forward and back
+    t, s = multiply_adds(teacher, size), multiply_adds(draft, size)  # g: forward and back
     g, device = 21 * (c.generator_width * size) ** 2, "cpu" if xp is np else "gpu"
     cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g, "distillation": t + 3 * s}
     with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
@@ -1610,7 +1592,6 @@ def run_teacher(c):
                             batch=min(c.batch or 128, len(x)))
     params = init_weights(weight_shapes(c.arch, known.classes), np.random.default_rng(c.seed))
     net, name = Net(params, relu, 1, known.mean, known.std), f"{stem}-{c.arch}-teacher"
-    check_memory(c, c.batch, known.size, net)
     with run_folder(c, "teacher", name) as folder:
         tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
         train(c, net, x, y, folder)
@@ -1625,7 +1606,6 @@ def run_eval(c):
     net, info = load_net(c, c.file)
     demand(net.activation is not relu or not c.T, f"{c.file} is an ANN: leave --T out")
     net, (x, y) = net._replace(T=c.T or net.T), data_of(c, "test", info["classes"])
-    check_memory(c, c.batch or 256, x.shape[1], net, training=False)
     found = evaluate(net, x, y, c.batch or 256)
     spiking = "" if found["energy_uj"] is None else (
         f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}")
