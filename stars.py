@@ -739,19 +739,14 @@ def cosine(step, steps, lr, warm_up=0):
 
 # ---- 7  Data -------------------------------------------------------------------------------------
 
-import argparse, collections, contextlib, ctypes, difflib, gzip, hashlib, io, itertools, json, math
-import pathlib, shlex, shutil, signal, tarfile, threading, time, timeit, urllib.request, zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+import argparse, collections, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
+import shlex, shutil, signal, tarfile, time, timeit, urllib.request, zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 class UserError(Exception):
     """An expected failure: one sentence that says what and how to mend it."""
 
 demand = functools.partial(require, error=UserError)
-
-def nearest(name, known):
-    """The hint " (did you mean cifar10?)" with the known name most like this one, or ""."""
-    like = difflib.get_close_matches(name.lower(), known, 1)
-    return f" (did you mean {like[0]}?)" if like else ""
 
 @contextlib.contextmanager
 def reading(source, mend):
@@ -784,11 +779,10 @@ def find_dataset(name, split, data_dir):
     """Path of a data set's "train" or "test" split; None if absent. UserError: unknown name."""
     if name == "shapes" or name.endswith(".npz") and os.path.isfile(name):
         return name
-    demand(name in DATASETS, f"no data set '{name}'{nearest(name, DATASETS)}: use "
-                             f"{', '.join(DATASETS)} or an existing FILE.npz")
-    known, archive = DATASETS[name], os.path.join(data_dir, os.path.basename(DATASETS[name].url))
-    folder, parts = os.path.join(data_dir, known.folder), getattr(known, split + "_files")
-    there = all(os.path.exists(os.path.join(folder, part)) for part in parts)
+    demand(name in DATASETS, f"no data set '{name}': use {', '.join(DATASETS)} or a FILE.npz")
+    known = DATASETS[name]
+    folder, archive = (f"{data_dir}/{last}" for last in (known.folder, os.path.basename(known.url)))
+    there = all(os.path.exists(f"{folder}/{part}") for part in getattr(known, split + "_files"))
     return folder if there else archive if os.path.isfile(archive) else None
 
 def load_dataset(name, split, data_dir, classes=None):
@@ -877,27 +871,17 @@ def draw_shapes(n, seed):
         x[k] = np.clip(255 * image + .5, 0, 255)
     return x, y
 
-def download(url, md5, path, limit, progress=None, timeout=5., patience=30.):
+def download(url, md5, path, limit, progress=lambda done, total: None, timeout=5.):
     """Fetches url into memory, and writes path once it is whole and has the right MD5.
-    progress(bytes so far, bytes announced or 0). timeout: seconds to an answer; patience: seconds
-    without a byte, or below 1 kB/s. UserError: no answer, slow, cut, over limit, other bytes."""
-    answered, data = Future(), bytearray()
-    def ask():  # in a thread: neither the look-up of a name nor a slow header has a time limit
-        try:
-            answered.set_result(urllib.request.urlopen(url, timeout=patience))
-        except Exception as error:
-            answered.set_exception(error)
-    threading.Thread(target=ask, daemon=True).start()
-    with reading(url, f"try again later, or put a good copy at {path} yourself"):
-        with answered.result(timeout) as answer:
-            total, until = int(answer.headers.get("Content-Length", 0)), time.monotonic() + patience
-            for block in iter(lambda: answer.read1(1 << 16), b""):
-                data += block
-                if progress:
-                    progress(len(data), total)
-                require(max(len(data), total) <= limit and
-                        time.monotonic() < until + len(data) / 1e3,
-                        f"{len(data)} of {total or 'unknown'} bytes: over {limit} or too slow")
+    progress(bytes so far, bytes announced or 0). timeout: seconds to connect, and without a byte.
+    UserError: no answer, cut, over limit, other bytes."""
+    data, mend = bytearray(), f"try again later, or put a good copy at {path} yourself"
+    with reading(url, mend), urllib.request.urlopen(url, timeout=timeout) as answer:
+        total = int(answer.headers.get("Content-Length", 0))
+        for block in iter(lambda: answer.read1(1 << 16), b""):
+            data += block
+            progress(len(data), total)
+            require(max(len(data), total) <= limit, f"it has more than {limit} bytes")
         found = hashlib.md5(data, usedforsecurity=False).hexdigest()
         require(found == md5, f"{len(data)} of {total or 'unknown'} bytes, whose MD5 is {found}")
     write_atomic(path, data)
@@ -1623,35 +1607,33 @@ def parse(argv):
         f"stars.py {command}", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description=" ".join(f"{k}: {run.__doc__}" for k, run in COMMANDS.items()))
     if command not in COMMANDS:
-        parser.error(f"no command {command}{nearest(command, COMMANDS)}: {', '.join(COMMANDS)}")
-    flags = {"--" * (f.name != "file") + f.name.replace("_", "-"): f
-             for f in dataclasses.fields(Config) if command[0] in f.metadata["commands"]}
+        parser.error(f"no command {command}: use {', '.join(COMMANDS)}")
+    flags = {f.name: f for f in dataclasses.fields(Config) if command[0] in f.metadata["commands"]}
+    dashed = lambda name: "--" * (name != "file") + name.replace("_", "-")
     for name, f in flags.items():
         default = f"(default {f.default})" * (f.default not in ("", 0, -1.0))
         about = " ".join([f.metadata["help"], *f.metadata["choices"], default])
-        parser.add_argument(name, help=about, **(dict(action="store_true") if f.type is bool else
-                                                 dict(type=f.type, metavar=f.name.upper())))
-    given, unknown = parser.parse_known_args(argv[argv[:1] == [command]:])
-    for word in unknown:
-        parser.error(f"{command} has no {word}{nearest(word.split('=')[0], flags)}")
-    c = Config(**vars(given))
+        parser.add_argument(dashed(name), help=about, **(
+            dict(action="store_true") if f.type is bool else
+            dict(type=f.type, metavar=name.upper())))
+    given = vars(parser.parse_args(argv[argv[:1] == [command]:]))
+    c = Config(**given)
     try:
         find_dataset(c.dataset, "test", c.data_dir)
-        for name, f in flags.items():
-            v, (*_, known, least, most) = getattr(c, f.name), f.metadata.values()
-            fits = v in known if known else isinstance(v, str) or least <= v <= most
+        for name, v in given.items():
+            *_, known, least, most = flags[name].metadata.values()
             rule = f"one of {', '.join(filter(None, known))}" if known else f"{least:g} to {most:g}"
-            require(fits or f.name not in given,
-                    f"{name} must be {rule}, not {v}{nearest(str(v), known)}")
+            fits = v in known if known else isinstance(v, str) or least <= v <= most
+            require(fits, f"{dashed(name)} must be {rule}, not {v}")
         for name, fits, other in (
                 ("w_tv", c.synthesis == "pixels", "--synthesis pixels"),
                 ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
                 ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
-            require(fits or name not in given, f"--{name.replace('_', '-')} needs {other}")
+            require(fits or name not in given, f"{dashed(name)} needs {other}")
     except (ValueError, UserError) as error:
         parser.error(str(error))
-    return command, vars(given)
+    return command, given
 
 def main(argv=None):
     """Run a command.   -> exit code: 0, 1 expected failure, 2 wrong usage, 130 Ctrl-C"""

@@ -1833,13 +1833,9 @@ def test_an_absent_data_set_says_where_to_put_it(small, tmp_path):
     assert stars.find_dataset("cifar100", "train", str(tmp_path)) is None  # one split is there
     assert (stars.load_dataset("cifar100", "test", str(tmp_path))[1] == truth["test"][1]).all()
 
-def test_the_nearest_name_is_suggested():
-    for name, meant in (("cifar11", "cifar10"), ("CIFAR-100", "cifar100"), ("shape", "shapes"),
-                        ("TinyImageNet", "tiny-imagenet")):
-        refused(f"no data set '{name}' (did you mean {meant}?): use cifar10, cifar100",
-                stars.find_dataset, name, "test", ".")
-    refused("no data set 'mnist': use", stars.find_dataset, "mnist", "test", ".")
-    assert stars.nearest("", ["a"]) == stars.nearest("x" * 10 ** 5, ["shapes"]) == ""
+def test_the_known_data_sets_are_listed():
+    refused("no data set 'mnist': use cifar10, cifar100, tiny-imagenet, shapes or a FILE.npz",
+            stars.find_dataset, "mnist", "test", ".")
 
 def test_a_damaged_folder_of_cifar_is_refused(small, tmp_path):
     files, _ = cifar_files("cifar10")
@@ -2007,12 +2003,6 @@ class Answers(http.server.BaseHTTPRequestHandler):
             return self.wfile.write(b"this is not http\n\n" * 3)
         if kind == "silent":
             return time.sleep(1)
-        if kind == "trickle":  # a header that never ends
-            with contextlib.suppress(OSError):
-                for _ in range(40):
-                    self.wfile.write(b"HTTP/1.1 200 OK"[:_ + 1][-1:])
-                    time.sleep(.05)
-            return None
         if kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return self.connection.close()
@@ -2026,8 +2016,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         pieces = {"loop": [], "once": [], "cut": [BODY[:99_999]], "wrong": [BODY[:-1] + b"!"],
                   "stalls": [BODY[:99_999], 1], "waits": [BODY[:99_999], 5],
-                  "endless": [BODY] * 100,
-                  "drips": [b"a", .05] * 30}.get(kind, [BODY])
+                  "endless": [BODY] * 100}.get(kind, [BODY])
         with contextlib.suppress(OSError):
             for piece in pieces:
                 self.wfile.write(piece) if isinstance(piece, bytes) else time.sleep(piece)
@@ -2047,13 +2036,12 @@ def test_downloads_are_whole_or_leave_what_was_there(server, tmp_path):
         assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
         assert seen[-1] == (len(BODY), announced)
     path.write_bytes(b"old")
-    for kind in ("loop", "missing", "garbage", "silent", "trickle", "reset", "long", "huge",
-                 "endless", "odd", "cut", "stalls", "drips", "wrong"):
+    for kind in ("loop", "missing", "garbage", "silent", "reset", "long", "huge", "endless", "odd",
+                 "cut", "stalls", "wrong"):
         url, start = server + kind, time.monotonic()
-        why = refused(url, stars.download, url, MD5, path, 10 ** 6, None, .3, .3)
+        why = refused(url, stars.download, url, MD5, path, 10 ** 6, timeout=.3)
         assert time.monotonic() - start < 1.2 and f"good copy at {path}" in why
         assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
-        assert kind != "drips" or int(re.search(r"(\d+) of", why)[1]) < 30  # given up early
 
 def test_a_download_from_nobody(tmp_path):
     with socket.socket() as held:
@@ -2708,13 +2696,12 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     ("--out a --seeds 2", "--out needs"), ("--out a --resume b", "--out needs"),
     ("--w-tv 1", "--w-tv needs --synthesis pixels"), ("--method bn --w-rca 5", "--w-rca needs"),
     ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--w-rate -1", "--w-rate must be"),
-    ("--method bn_rca", "did you mean bn+rca?"), ("--method star", "did you mean stars?"),
-    ("--arch resnet-20", "did you mean resnet20?"),
-    ("--student-arch vg11", "did you mean vgg11?"), ("--dataset cifar11", "did you mean cifar10"),
-    ("--dataset none.npz", "no data set 'none.npz'"), ("--device cup", "did you mean cpu?"),
-    ("--btach 64", "did you mean --batch?"), ("--nothing", "--nothing"),
-    ("distil", "did you mean distill?"), ("bench --teacher x", "bench has no --teacher"),
-    ("eval", "FILE"), ("eval a b", "eval has no b")])
+    ("--method bn_rca", "--method must be one of bn, bn+rca, bn+tar, stars, real, all, not bn_rca"),
+    ("--arch resnet-20", "--arch must be one of resnet8, resnet14, resnet20"),
+    ("--dataset none.npz", "no data set 'none.npz'"), ("--device cup", "auto, cpu, gpu, not cup"),
+    ("--nothing", "unrecognized arguments: --nothing"), ("bench --teacher x", "--teacher x"),
+    ("distil", "no command distil: use distill, teacher, eval, bench"),
+    ("eval", "FILE"), ("eval a b", "unrecognized arguments: b")])
 def test_wrong_usage_ends_with_code_2(capsys, argv, sentence):
     with pytest.raises(SystemExit) as end:
         stars.main(argv.split())
