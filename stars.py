@@ -786,14 +786,13 @@ def find_dataset(name, split, data_dir):
     return folder if there else archive if os.path.isfile(archive) else None
 
 def load_dataset(name, split, data_dir, classes=None):
-    """Images and labels of split "train" or "test": x (N,H,W,3) uint8, y (N,) int64.
-    name: one of DATASETS, or an .npz of x_<split> uint8 (N,32,32,3) or (N,64,64,3) and y_<split>
-    (N,), below classes if given, of up to 2 GiB. UserError: absent, damaged, of another form."""
+    """Split "train" or "test" of a data set in DATASETS, or of an .npz with arrays x_<split> and
+    y_<split>, up to 2 GiB: images x (N,32,32,3) or (N,64,64,3) uint8, labels y (N,) int64, below
+    classes if given. UserError: absent, damaged, of another form."""
     source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
     if name == "shapes":
         return draw_shapes(getattr(known, split), seed=split == "test")
-    demand(source, f"{name} is not in {data_dir}: add --download, or put what is at "
-                   f"{known and known.url} there, packed or extracted")
+    demand(source, f"{name} is not in {data_dir}: --download it or put {known and known.url} there")
     with reading(source, "delete it and add --download" if known else
                  f"it should hold uint8 images x_{split} (N,32,32,3) and labels y_{split} (N,)"):
         if known:
@@ -814,11 +813,9 @@ def _reader(known, source):
     data = pathlib.Path(source).read_bytes() if os.path.getsize(source) <= 260_000_000 else b""
     require(hashlib.md5(data, usedforsecurity=False).hexdigest() == known.md5,
             "it is not the file that was published")  # so what is in it needs no suspicion
-    if source.endswith(".zip"):
-        archive = zipfile.ZipFile(io.BytesIO(data))
-        return lambda name, most: archive.read(f"{known.folder}/{name}")
-    archive = tarfile.open(fileobj=io.BytesIO(gzip.decompress(data)))
-    return lambda name, most: archive.extractfile(f"{known.folder}/{name}").read()
+    member = (zipfile.ZipFile(io.BytesIO(data)).open if source.endswith(".zip") else
+              tarfile.open(fileobj=io.BytesIO(gzip.decompress(data))).extractfile)
+    return lambda name, most: member(f"{known.folder}/{name}").read()
 
 def _load_cifar(known, split, read):
     """Records of 1 label byte (CIFAR-100: 2, coarse and fine) and 3 planes of 32x32 bytes."""
@@ -833,12 +830,12 @@ def _load_tiny(known, split, read):
     """64x64 JPEGs; the classes are the WordNet ids in alphabetical order. Needs pillow."""
     with reading("JPEG images", "pip install pillow"):
         from PIL import Image
-    lines = re.findall(r"^(val_[0-9]+\.JPEG)\t(n[0-9]{8})\t",
-                       read("val/val_annotations.txt", 10**6).decode("latin1"), re.M)
+    text = read("val/val_annotations.txt", 10**6).decode("latin1")
+    lines = re.findall(r"^(val_[0-9]+\.JPEG)\t(n[0-9]{8})\t", text, re.M)
     ids, each = sorted({c for _, c in lines}), range(known.train // known.classes)
     require(len(ids) == known.classes, f"val_annotations.txt has {len(ids)} classes")
-    files = ([(f"val/images/{name}", c) for name, c in lines] if split == "test" else
-             [(f"train/{c}/images/{c}_{k}.JPEG", c) for c in ids for k in each])
+    files = [(f"val/images/{name}", c) for name, c in lines] if split == "test" else [
+        (f"train/{c}/images/{c}_{k}.JPEG", c) for c in ids for k in each]
     x = np.empty((len(files), 64, 64, 3), np.uint8)
     for k, (name, _) in enumerate(files):
         image = Image.open(io.BytesIO(read(name, 10**5)), formats=["JPEG"])
@@ -872,9 +869,8 @@ def draw_shapes(n, seed):
     return x, y
 
 def download(url, md5, path, limit, progress=lambda done, total: None, timeout=5.):
-    """Fetches url into memory, and writes path once it is whole and has the right MD5.
-    progress(bytes so far, bytes announced or 0). timeout: seconds to connect, and without a byte.
-    UserError: no answer, cut, over limit, other bytes."""
+    """Writes url to path once it is whole and has the right MD5. progress(bytes, those announced or
+    0); timeout: seconds to connect, or without a byte. UserError: no answer, cut, other bytes."""
     data, mend = bytearray(), f"try again later, or put a good copy at {path} yourself"
     with reading(url, mend), urllib.request.urlopen(url, timeout=timeout) as answer:
         total = int(answer.headers.get("Content-Length", 0))
@@ -979,17 +975,16 @@ def save_weights(path, params, info):
     arrays = sorted((rounded(params) | {"info": np.array(to_json(info))}).items())
     write_atomic(path, lambda file: np.savez(file, **dict(arrays)))
 
-def read_npz(path, names=None, limit=2**29, mend="it should be an .npz of plain arrays (for "
-             "PyTorch checkpoints see the README)"):
-    """The arrays of an .npz, or those in names: numbers, but text for 'info'; read-only.
-    No pickle; memory stays below limit bytes and 20 times the file. UserError: not that."""
+def read_npz(path, names=None, limit=2**29):
+    """The arrays of an .npz, or those in names: numbers, but text for 'info'; read-only. No pickle;
+    memory stays below limit bytes and 20 times the file. To be called within reading(path, ...)."""
     arrays, formats = {}, np.lib.format
-    with reading(path, mend), zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         require(len(entries) == len(archive.infolist()), "it has an entry twice")
         entries = {name: entries[name] for name in names or entries}
-        size = sum(entry.file_size for entry in entries.values())
-        require(size <= limit, f"it expands to more than {limit >> 20} MiB")
+        require(sum(entry.file_size for entry in entries.values()) <= limit,
+                f"it expands to more than {limit >> 20} MiB")
         for name, entry in entries.items():  # Python expands bzip2 and lzma without bound
             require(entry.compress_type in (0, 8), f"{name} is neither stored nor deflated")
             with archive.open(entry) as file:
@@ -1004,7 +999,7 @@ def load_weights(path, arch=None, classes=None):
     """Reads a network: params (our name -> float32 array) and info (arch, classes, ...).
     path: .npz, ours or of a public checkpoint, or .safetensors; up to 512 MiB, 4 times in memory.
     UserError: not readable, not finite, no arch or another than given. Then call check_weights."""
-    with reading(path, "take another file, or see the README on checkpoints"):
+    with reading(path, "take another file (for PyTorch checkpoints see the README)"):
         require(os.path.getsize(path) <= 2**29, "it has more than 512 MiB")
         if os.fspath(path).endswith(".safetensors"):
             with reading(path, "write it again, or pip install safetensors"):
@@ -1018,10 +1013,9 @@ def load_weights(path, arch=None, classes=None):
             info, params = dict(json.loads(str(weights.pop("info", "{}")))), {}
         for name, array in public_names(weights).items():
             require(array.dtype.kind == "f", f"{name} is {array.dtype}")
-            with np.errstate(over="ignore"):
-                params[name] = array = np.asarray(array, np.float32)
-            require(np.isfinite(array).all(), f"{name} is not finite")
+            require(float(abs(array).max(initial=0)) < 3e38, f"{name} is not finite")
             require("running_var" not in name or array.min(initial=0) >= 0, f"{name} is negative")
+            params[name] = np.asarray(array, np.float32)
         rows = len(params.get("linear.weight", params.get("classifier.weight", ())))
         require(rows, "one linear layer is needed, as linear.weight or classifier.weight")
         for key, value in ("classes", rows), ("classes", classes), ("arch", arch):
@@ -1031,16 +1025,15 @@ def load_weights(path, arch=None, classes=None):
     return params, info
 
 def public_names(weights):
-    """Our names for those of public checkpoints; VGG's conv biases go into the BN's running mean.
-    Off go num_batches_tracked, and the prefixes state_dict., model., module. where every name has
-    them; in ResNets fc is linear, downsample is shortcut. ValueError: two become one, no name."""
+    """Our names for those of public checkpoints: no num_batches_tracked, no prefix state_dict.,
+    model., module. that every name has, fc is linear, downsample is shortcut, and VGG's conv biases
+    go into the running mean of the batch norm. ValueError: two become one, no name."""
     weights = {n: a for n, a in weights.items() if not n.endswith("num_batches_tracked")}
     prefix = re.match(r"((state_dict|model|module)\.)*", os.path.commonprefix([*weights]))[0]
-    params, residual = {}, any(n.startswith(prefix + "layer1.") for n in weights)
+    params = {}
     for name, array in weights.items():
-        name = name[len(prefix):]
-        if residual:
-            name = re.sub(r"^fc\.", "linear.", name).replace(".downsample.", ".shortcut.")
+        name = name[len(prefix):].replace(".downsample.", ".shortcut.")
+        name = re.sub(r"^fc\.", "linear.", name)
         require(name not in params and name.isprintable() and len(name) < 200,
                 f"an array has two names, or none to speak of: {name}")
         params[name] = array
@@ -1184,11 +1177,11 @@ def crops(rng, x):
     """uint8 images on the host -> float32 images in [0, 1] on the device, shifted and flipped."""
     return augment(xp.asarray(x).astype(np.float32) / 255, *draw_augmentation(rng, len(x)))[0]
 
-def predict(net, x, batch=256, measure=False):
-    """Logits (N, K) on the host for uint8 images x, and the Output of each batch."""
+def predict(net, x, batch=256, **mode):
+    """Logits (N, K) on the host of uint8 images x, and the Output of each batch. mode as resnet."""
     batches = (xp.asarray(x[i:i + batch]).astype(np.float32) for i in range(0, len(x), batch))
-    outputs = [forward(net, normalise(images / 255, net.mean, net.std)[0], need="",
-                       measure=measure)[0] for images in batches]
+    outputs = [forward(net, normalise(images / 255, net.mean, net.std)[0], need="", **mode)[0]
+               for images in batches]
     return np.concatenate([to_host(out.logits) for out in outputs]), outputs
 
 def evaluate(net, x, y, batch=256):
@@ -1205,14 +1198,12 @@ def thresholds_of(c, teacher, x):
     found = {}
     def watch(layer, z):
         found[layer] = max(1e-3, float(np.quantile(to_host(z).ravel()[::7], c.quantile)))
-    x = xp.asarray(x).astype(np.float32) / 255
-    forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="", watch=watch)
+    predict(teacher, x, len(x), watch=watch)
     return found
 
-def first_student(c, rng, teacher, arch, thresholds):
+def first_student(c, rng, teacher, shapes, thresholds):
     """The student before its first step. --init teacher: the weights that fit, and V = A."""
-    last = teacher.params.get("linear.bias", teacher.params.get("classifier.bias"))
-    params = init_weights(weight_shapes(arch, len(last)), rng)
+    params = init_weights(shapes, rng)
     if c.init == "random":
         return params
     fit = {k: v.copy() for k, v in teacher.params.items() if np.shape(params.get(k)) == v.shape}
@@ -1257,7 +1248,7 @@ def symptoms(teacher, x, rates):
             ("the synthetic images are all the same, or have no content",
              min(x.std(0).mean(), x.std((1, 2)).mean()) < 1)) if seen]
 
-def distil(c, teacher, arch, size, folder, cost, real=()):
+def distil(c, teacher, shapes, size, folder, cost, real=()):
     """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
     8-bit images lies in pool.bin; a sixteenth of each batch is held out, to measure agreement."""
@@ -1265,8 +1256,8 @@ def distil(c, teacher, arch, size, folder, cost, real=()):
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * on[0], c.w_tar * on[1])
     params, moments = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng), {}
     groups = dict(generator=params, adam=moments, student={}, sgd={})
-    student = teacher._replace(params=groups["student"], T=c.T, activation=Neuron(
-        c.lam, c.reset, c.v_init, c.surrogate))
+    neuron = Neuron(c.lam, c.reset, c.v_init, c.surrogate)
+    student = teacher._replace(params=groups["student"], activation=neuron, T=c.T)
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
     ripe = c.warm_up // 2 * batches * (c.synthesis == "generator")  # what came before is not used
@@ -1296,7 +1287,7 @@ def distil(c, teacher, arch, size, folder, cost, real=()):
         images = pool(epoch + 1)
         V = thresholds_of(c, teacher, images[min(epoch + 1, c.warm_up) * batches - 1])
         if epoch == c.warm_up - 1:
-            groups["student"].update(first_student(c, rng, teacher, arch, V))
+            groups["student"].update(first_student(c, rng, teacher, shapes, V))
         for step in range(0 if warm else c.distill_steps):
             i = rng.integers(ripe, len(images), c.batch), rng.integers(held, c.batch, c.batch)
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
@@ -1334,8 +1325,8 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
     digest = hashlib.sha256(b"".join(to_host(v).tobytes() for v in inputs)).hexdigest()
     run = {k: v for k, v in vars(c).items() if k not in HERE} | dict(version=VERSION, inputs=digest)
     if os.path.exists(path):
-        arrays = read_npz(path, None, 2 ** 34, "start a new run")
         with reading(path, "start a new run"):
+            arrays = read_npz(path, limit=2**34)
             info = json.loads(str(arrays.pop("info")))
             same_run(path, info["settings"], run)
             for k, v in arrays.items():
@@ -1352,13 +1343,16 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
             left = f"{pace * (total - done) / 60:.1f} min left"
             for name, loss in losses.items():
                 history[name].append(loss)
-            if now > max(shown + 0.5, start + 2):  # seldom, as a GPU must finish its work for it
-                check_finite(history, epoch, path)
+            if now > max(shown + 0.5, start + 2):
                 tell(c, f"epoch {epoch + 1}/{c.epochs}  {kind} {len(history[name])} of "
                         f"{plan[epoch][kind]}, {pace * cost[kind]:.2g} s each, {left}", shown > 0)
                 shown = now
         arrays = {f"{group}/{k}": to_host(v) for group in groups for k, v in groups[group].items()}
-        check_finite(history | {k: [np.sum(v)] for k, v in (row | arrays).items()}, epoch, path)
+        for name, values in (history | {k: [np.sum(v)] for k, v in (row | arrays).items()}).items():
+            finite = np.isfinite([*map(float, values)])
+            k = finite.argmin()
+            demand(finite.all(), f"{name} became {float(values[k])} in epoch {epoch + 1}, step "
+                   f"{k + 1}: rerun at a smaller --lr; {path} holds the state after epoch {epoch}")
         row |= {k: float(sum(v)) / len(v) for k, v in history.items()}
         losses = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if "grad" not in k)
         for warning in {*warnings}.difference(*(old["warnings"] for old in rows)):
@@ -1369,14 +1363,6 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
         write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
         tell(c, f"epoch {epoch + 1}/{c.epochs}  {losses}  ({rows[-1]['seconds']:.0f} s, {left})")
     return rows
-
-def check_finite(history, epoch, path):
-    """UserError on the first value of {name: values of an epoch's steps} that is not finite."""
-    for name, values in history.items():
-        if not np.isfinite(float(sum(values))):
-            k = np.isfinite([*map(float, values)]).argmin()
-            raise UserError(f"{name} became {float(values[k])} in epoch {epoch + 1}, step {k + 1}: "
-                            f"rerun at a smaller --lr; {path} holds the state after epoch {epoch}")
 
 def same_run(path, was, now):
     """UserError that lists what differs, unless all settings in now are so in was."""
@@ -1411,23 +1397,22 @@ def run_bench(c):
     """Median seconds of a step of each kind, method stars, random weights and images. gflops: of
     the distillation step, 2 a multiply-add, back twice forward; peak_mib: growth of memory."""
     rng, arch, B = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128
-    before, crop, momenta, moments = linux_says("VmRSS:"), draw_augmentation(rng, B), {}, {}
+    before, crop, momenta, state = linux_says("VmRSS:"), draw_augmentation(rng, B), {}, {}
     ann = Net(init_weights(weight_shapes(arch, 10), rng))
     snn = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T or 4)
     params = init_weights(generator_shapes(32, c.generator_width, c.z_dim), rng)
-    V = dict.fromkeys(batch_norms(ann.params), 1.0)
+    V, weights, nets = dict.fromkeys(batch_norms(ann.params), 1.0), Weights(), (ann, snn)
     x, z = (xp.asarray(rng.random(shape, np.float32)) for shape in ((B, 32, 32, 3), (B, c.z_dim)))
     result = dict(
         distill_step_s=lambda: distillation_step(snn, momenta, augment(x, *crop)[0], ann, 4, 0.05,
-                                                 5e-4, Weights.rca, Config.w_rate, V),
-        synthesis_step_s=lambda: synthesis_step(params, moments, z, None, crop, ann, snn, Weights(),
-                                                1e-3),
+                                                 5e-4, weights.rca, Config.w_rate, V),
+        synthesis_step_s=lambda: synthesis_step(params, state, z, None, crop, *nets, weights, 1e-3),
         teacher_forward_s=lambda: forward(ann, x, need=""),
         student_forward_s=lambda: forward(snn, x, train=True, need=""))
     for name, job in result.items():  # to_host waits for a GPU
         result[name] = np.median(timeit.repeat(lambda: (job(), to_host(z)), number=1, repeat=9)[2:])
-    rate, macs = B / result["distill_step_s"], multiply_adds(ann, 32) + 3 * multiply_adds(snn, 32)
-    result |= dict(images_per_s=rate, gflops=rate * macs * 2e-9,
+    rate = B / result["distill_step_s"]
+    result |= dict(images_per_s=rate, gflops=rate * (macs(ann, 32) + 3 * macs(snn, 32)) * 2e-9,
                    peak_mib=(linux_says("VmHWM:") - before) / 1024 if before else None)
     print(*(f"{k:20} {v and format(v, '.4g')}" for k, v in result.items()), sep="\n")
     return result
@@ -1438,10 +1423,10 @@ def linux_says(key):
         return int(re.search(key + r"\s*(\d+)", file.read())[1])
     return 0
 
-def multiply_adds(net, size):
+def macs(net, size):
     """Multiply-adds of the network for an image of size x size, forward, over its time steps."""
     x = xp.zeros((1, size, size, 3), np.float32)
-    first, *others = (macs for _, macs, _ in forward(net, x, need="", measure=True)[0].costs)
+    first, *others = (n for _, n, _ in forward(net, x, need="", measure=True)[0].costs)
     return first + net.T * sum(others)
 
 # ---- 11  Command line ----------------------------------------------------------------------------
@@ -1545,15 +1530,15 @@ def run_distil(c):
     size = known.size if known else 64 if info.get("size") == 64 else 32
     real = data_of(c, "train", classes)[0] if c.method == "real" else ()
     demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
-    draft = Net(init_weights(weight_shapes(arch, classes), np.random.default_rng(0)), Neuron(), c.T)
-    t, s = multiply_adds(teacher, size), multiply_adds(draft, size)  # g: forward and back
-    g, device = 21 * (c.generator_width * size) ** 2, "cpu" if xp is np else "gpu"
+    shapes, device = weight_shapes(arch, classes), "cpu" if xp is np else "gpu"
+    draft = Net(init_weights(shapes, np.random.default_rng(0)), Neuron(), c.T)
+    t, s, g = macs(teacher, size), macs(draft, size), 21 * (c.generator_width * size) ** 2
     cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g, "distillation": t + 3 * s}
     with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
                 f"{c.schedule} on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis "
                 f"and, after {c.warm_up}, {c.distill_steps} distillation steps; into {folder}")
-        student, agreement, pool, rows = distil(c, teacher, arch, size, folder, cost, real)
+        student, agreement, pool, rows = distil(c, teacher, shapes, size, folder, cost, real)
         path = f"{folder}/student.npz"
         save_net(path, student, c, "distill", arch, classes, T=c.T, neuron=vars(student.activation))
         draw(folder, pool, rows)
@@ -1613,9 +1598,8 @@ def parse(argv):
     for name, f in flags.items():
         default = f"(default {f.default})" * (f.default not in ("", 0, -1.0))
         about = " ".join([f.metadata["help"], *f.metadata["choices"], default])
-        parser.add_argument(dashed(name), help=about, **(
-            dict(action="store_true") if f.type is bool else
-            dict(type=f.type, metavar=name.upper())))
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type)
+        parser.add_argument(dashed(name), help=about, **kind)
     given = vars(parser.parse_args(argv[argv[:1] == [command]:]))
     c = Config(**given)
     try:
