@@ -917,8 +917,7 @@ def weight_shapes(arch, classes, width=None, projection=None):
     return shapes | {last + ".weight": (classes, c), last + ".bias": (classes,)}
 
 def generator_shapes(size=32, width=128, z_dim=256):
-    """{name: shape} of the generator of size x size images from z_dim numbers: the layout that
-    CMI, Fast-Datafree and NAYER use, with width 128."""
+    """{name: shape} of a generator of size x size images, as in CMI and NAYER (their width 128)."""
     require(size % 4 == 0, f"size must be a multiple of 4, not {size}")
     rows, half = width * (size // 4) ** 2, width // 2
     norms = {f"bn{i}.{part}": (k,) for i, k in enumerate((width, width, half))
@@ -1032,8 +1031,7 @@ def public_names(weights):
     prefix = re.match(r"((state_dict|model|module)\.)*", os.path.commonprefix([*weights]))[0]
     params = {}
     for name, array in weights.items():
-        name = name[len(prefix):].replace(".downsample.", ".shortcut.")
-        name = re.sub(r"^fc\.", "linear.", name)
+        name = re.sub(r"^fc\.", "linear.", name[len(prefix):]).replace("downsample", "shortcut")
         require(name not in params and name.isprintable() and len(name) < 200,
                 f"an array has two names, or none to speak of: {name}")
         params[name] = array
@@ -1193,14 +1191,6 @@ def evaluate(net, x, y, batch=256):
                 firing_rate=float(np.mean([*rates.values()])) if rates else None,
                 energy_uj=float(uj) if rates else None, ann_energy_uj=float(ann))
 
-def thresholds_of(c, teacher, x):
-    """V of each layer: a quantile of every seventh activation of the teacher on uint8 images x."""
-    found = {}
-    def watch(layer, z):
-        found[layer] = max(1e-3, float(np.quantile(to_host(z).ravel()[::7], c.quantile)))
-    predict(teacher, x, len(x), watch=watch)
-    return found
-
 def first_student(c, rng, teacher, shapes, thresholds):
     """The student before its first step. --init teacher: the weights that fit, and V = A."""
     params = init_weights(shapes, rng)
@@ -1284,8 +1274,10 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
         row |= {f"grad_{k}": float(xp.linalg.norm(  # of each term in use, at weight 1
             synthesis_loss(x[:32], *nets, Weights(*one))[1]))
             for (k, weight), one in zip(vars(weights).items(), np.eye(6).tolist()) if weight}
-        images = pool(epoch + 1)
-        V = thresholds_of(c, teacher, images[min(epoch + 1, c.warm_up) * batches - 1])
+        images, V = pool(epoch + 1), {}
+        def threshold(layer, z):  # a quantile of every seventh activation of the teacher
+            V[layer] = max(1e-3, float(np.quantile(to_host(z).ravel()[::7], c.quantile)))
+        predict(teacher, images[min(epoch + 1, c.warm_up) * batches - 1], c.batch, watch=threshold)
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, shapes, V))
         for step in range(0 if warm else c.distill_steps):
