@@ -3,12 +3,13 @@
 # make torture   the long ones: every generated mutant, 14,000 damaged files, 50 killed runs
 # make ablation  bn, bn+rca, bn+tar, stars and the ceiling, two seeds (two to three hours on 2 cores)
 # make bench     speed, beside PyTorch where make peer installed it
+# make gpu       the tests and the benchmark of a GPU
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test torture ablation bench peer clean
+.PHONY: run test torture ablation bench gpu peer clean
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,14 @@ torture: $(VENV)/ready
 
 ablation: $(VENV)/extras
 	$(RUN) test_stars.py ablation --download --jobs 2 --save data/results/cifar10-resnet20-ablation
+
+# On a machine with a GPU: the tests that need one, then speed beside PyTorch, and SpikingJelly if installed
+# (pip install spikingjelly==0.0.0.0.14). Takes the packages of PYTHON as they are; no network.
+gpu:
+	$(PYTHON) -m pytest -q test_stars.py -k "gpu or kernel or peer"
+	for more in "" --tf32; do \
+	$(PYTHON) test_stars.py bench --device gpu --batch 256 $$more && \
+	$(PYTHON) test_stars.py bench --device gpu --batch 256 --arch resnet18 --rounds 1 $$more || exit 1; done
 
 # PyTorch, only to compare with: its tests and its column in the benchmark are skipped without it
 peer: $(VENV)/ready

@@ -23,7 +23,7 @@ PyTorch state_dict. T time steps are folded into the batch: (T, N, ...) -> (T*N,
 arguments, in their order (of a network: x, then {name: gradient}); it changes nothing and is called
 once. `need` says which are wanted, "x" for the input and "p" for the parameters; the others are
 None and cost nothing. A tap is a loss on the input of a batch norm: x -> (loss, back). Parameters
-and images have one dtype. Wrong arguments raise ValueError with a sentence that names the argument.
+and images have one dtype. ValueError: an argument is of a form that NumPy would not notice.
 """
 import dataclasses, functools, os, re, sys
 from types import SimpleNamespace
@@ -43,16 +43,19 @@ if _ours:
 
 xp = np  # the array module of every function below: numpy, or cupy after use_device("gpu")
 
-def use_device(name="auto"):
-    """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
-    -> "cpu" or "gpu". Raises RuntimeError where "gpu" is not there, ValueError for another name."""
+def use_device(name="auto", tf32=False):
+    """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there,
+    with products in TF32 if tf32 (the first call decides).   -> "cpu" or "gpu".
+    RuntimeError: no "gpu" is there."""
     global xp
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
     xp = np
     if name != "cpu":
         try:
+            os.environ["CUPY_TF32"] = str(int(tf32))
             import cupy
-            int((cupy.arange(3, dtype=cupy.float32) + 1).sum())  # compiles and runs
+            x = cupy.arange(4, dtype=cupy.float32).reshape(2, 2)
+            int((x @ x).sum())  # compiles and runs
             xp = cupy
         except Exception as error:  # not installed, no driver, no device, no compiler
             if name == "gpu":
@@ -65,8 +68,8 @@ def to_host(x):
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 def fast(x):
-    """Whether section 12 computes in place of the formulas: float32 on the CPU."""
-    return xp is np and x.dtype == np.float32
+    """Whether section 12 computes in place of the formulas: float32."""
+    return x.dtype == np.float32
 
 def require(condition, sentence, error=ValueError):
     """Raise error(sentence) unless condition holds."""
@@ -84,11 +87,9 @@ def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
     back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted."""
-    expect("x", x, None, None, None, None)
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
     require(stride in (1, 2), f"stride must be 1 or 2, not {stride!r}")
-    require(set(need) <= {"x", "p"}, f"need must be made of x and p, not {need!r}")
     if fast(x):
         return fast_conv2d(x, w, stride, need)
     (N, H, W, C), (K, _, R, S) = x.shape, w.shape
@@ -172,9 +173,6 @@ def sigmoid(x):
 
 def linear(x, w, b, need="xp"):
     """y = x w' + b.   x (N, D), w (K, D), b (K,) -> y (N, K).   back: dy -> dx, dw, db."""
-    expect("x", x, None, None)
-    expect("w", w, None, x.shape[1])
-    expect("b", b, len(w))
     def back(dy):
         dx = dy @ w if "x" in need else None
         return (dx, dy.T @ x, dy.sum(0)) if "p" in need else (dx, None, None)
@@ -182,13 +180,11 @@ def linear(x, w, b, need="xp"):
 
 def global_average_pool(x):
     """y_nc = mean_hw x_nhwc.   x (N, H, W, C) -> y (N, C).   back: dy -> dx."""
-    expect("x", x, None, None, None, None)
     N, H, W, C = x.shape
     return x.mean((1, 2)), lambda dy: xp.broadcast_to((dy / (H * W))[:, None, None], x.shape)
 
 def _quarters(x):
     """The four views (N, H/2, W/2, C) of x that hold the pixels of each 2x2 window, row by row."""
-    expect("x", x, None, None, None, None)
     require(x.shape[1] % 2 == x.shape[2] % 2 == 0, f"x must have even height and width, {x.shape}")
     return [x[:, i::2, j::2] for i, j in np.ndindex(2, 2)]
 
@@ -223,14 +219,12 @@ def shortcut_a(x, channels):
 
 def log_softmax(x):
     """y = x - log sum_k exp x_k.   x (N, K).   back: dy -> dx. Keeps y."""
-    expect("x", x, None, None)
     y = x - x.max(1, keepdims=True)
     y = y - xp.log(xp.exp(y).sum(1, keepdims=True))
     return y, lambda dy: dy - xp.exp(y) * dy.sum(1, keepdims=True)
 
 def cosine_matrix(f):
     """y_ij = f_i . f_j / (|f_i| |f_j|), 0 with zero gradient where a norm is 0.   f (B, D)."""
-    expect("f", f, None, None)
     norm = xp.sqrt((f * f).sum(1, keepdims=True))
     inverse = (norm > 0) / xp.where(norm > 0, norm, 1)
     unit = f * inverse
@@ -257,8 +251,6 @@ def augment(x, offsets, flips, pad=4):
     """Crop out of a zero-padded image, then mirror left-right.   x (N, H, W, C) -> y as x.
     offsets (N, 2): row and column of the crop, integers in 0 .. 2 pad; flips (N,): booleans."""
     N, H, W, C = x.shape
-    expect("offsets", np.asarray(offsets), N, 2)
-    expect("flips", np.asarray(flips), N)
     require(np.isin(offsets, range(2 * pad + 1)).all(), f"offsets must be in 0 .. {2 * pad}")
     offsets, flips = xp.asarray(offsets), xp.asarray(flips)
     rows = offsets[:, :1] + xp.arange(H)
@@ -412,7 +404,7 @@ def _residual_block(run, name, x, stride):
     def back(dy):
         dz, dkept = back2(dy)
         dx, _ = back1(dz)
-        dx += shortcut_back(dkept)
+        accumulate(dx, shortcut_back(dkept))
         return dx
     return y, back
 
@@ -481,7 +473,6 @@ def generator(params, z, need="p", activation=leaky_relu):
     """Images from latents: linear, twice (upsample, convolve), convolve, sigmoid.
     z (N, Z): noise; with one-hot labels beside it, class-conditional. Batch norms in train mode.
     Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}."""
-    expect("z", z, None, None)
     p, grads, backs = params, {}, []
     def add(value, back, *names):  # an operator, and the names of its parameters
         def through(dy):
@@ -526,7 +517,6 @@ def energy(costs, T):
 
 def bn_matching(a, mean, var):
     """|mu(a) - mean|_2 + |var(a) - var|_2, a layer of Eq. (3).  a (..., C).   back: dloss -> da."""
-    expect("mean", mean, a.shape[-1])
     m, count = channel_mean(a), a.size // a.shape[-1]
     gap_mean, gap_var = m - mean, channel_mean((a - m) ** 2) - var
     norm_mean, norm_var = xp.sqrt((gap_mean ** 2).sum()), xp.sqrt((gap_var ** 2).sum())
@@ -540,7 +530,6 @@ def class_prior(t, labels=None):
     """mean_b CE(t, y), y constant: labels (B,) or argmax t.   t (B, K).   back: dloss -> dt."""
     log_p, log_back = log_softmax(t)
     y = t.argmax(1) if labels is None else xp.asarray(labels)
-    expect("labels", y, len(t))
     one_hot = (xp.arange(t.shape[1]) == y[:, None]).astype(t.dtype)
     require(labels is None or one_hot.sum() == len(t), f"labels must be in 0 .. {t.shape[1] - 1}")
     def back(dloss=1.0):
@@ -593,7 +582,6 @@ class Tail:
     @functools.lru_cache
     def targets(self, layers, classes):
         """pi (layers, kappas) = E sigmoid((xi - kappa)/tau), layers from input to output."""
-        require(self.tau > 0, f"tau must be positive, not {self.tau}")
         p, shift = 1 / classes, np.linspace(*self.shift, layers)[:, None]
         sd, xi = np.sqrt(1 + p * (1 - p) * shift ** 2), np.linspace(-40, 40, 80001)
         density = ((1 - p) * np.exp(-0.5 * (xi * sd + p * shift) ** 2) +
@@ -606,11 +594,7 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, eps=1e-5):
     a (..., C): input of a batch norm of the teacher with weight gamma, running mean and var, (C,).
     e_ck: mean soft exceedance of kappa_k by h, the normalised a, positive towards firing; h = 0
     where gamma = 0. pi: as many as kappa.   back: dloss -> da.   Ours, after arXiv 2605.27409."""
-    require(tau > 0, f"tau must be positive, not {tau}")
-    require(len(pi) == len(kappa) and all(0 < p < 1 for p in pi),
-            f"pi must be {len(kappa)} numbers between 0 and 1, not {pi}")
-    for name, vector in (("gamma", gamma), ("mean", mean), ("var", var)):
-        expect(name, vector, a.shape[-1])
+    require(len(pi) == len(kappa), f"pi must be {len(kappa)} numbers, not {pi}")
     count = a.size // a.shape[-1]
     slope = xp.sign(gamma) / xp.sqrt(var + eps)
     h = (a - mean) * slope
@@ -692,7 +676,6 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
 def distillation_loss(t, s, tau=4.0):
     """tau^2 mean_b KL(softmax(t/tau) || softmax(s/tau)), t constant (B, K).   back: dloss -> ds."""
     expect("s", s, *t.shape)
-    require(tau > 0, f"tau must be positive, not {tau}")
     log_t, log_s = log_softmax(t / tau)[0], log_softmax(s / tau)[0]
     p_t = xp.exp(log_t)
     def back(dloss=1.0):
@@ -702,13 +685,12 @@ def distillation_loss(t, s, tau=4.0):
 def rate_matching(z, y, T, v_th, amplitude=1.0):
     """A layer of Eq. (12): mean over neurons and images of (z / A averaged over T - clip(y / V))^2.
     z (T*N, ...): its output in the student, values 0 and amplitude A. y (N, ...): in the teacher,
-    constant, clipped to 0 .. 1 in units of V = v_th > 0.   back: dloss -> dz."""
-    require(v_th > 0, f"v_th must be positive, not {v_th}")
+    constant, clipped to 0 .. 1 in units of V = v_th > 0.   back: dloss, dz -> dz + its gradient."""
     rate, time_back = mean_over_time(z, T)
     expect("y", y, *rate.shape)
     gap = rate * (1 / float(amplitude)) - xp.clip(y * (1 / v_th), 0, 1)
-    def back(dloss=1.0):
-        return time_back(gap * (2 * dloss / (gap.size * float(amplitude))))
+    def back(dloss=1.0, dz=0.0):
+        return dz + time_back(gap * (2 * dloss / (gap.size * float(amplitude))))
     return (gap * gap).mean(), back  # Eq. (12)
 
 # ---- 6  Optimisers: update params and state in place, for every name in grads --------------------
@@ -716,6 +698,12 @@ def rate_matching(z, y, T, v_th, amplitude=1.0):
 def sgd(params, grads, state, lr, momentum=0.9, nesterov=False, weight_decay=0.0):
     """g += weight_decay p;   v = momentum v + g;   p -= lr (g + momentum v if nesterov else v)."""
     for name, g in grads.items():
+        if xp is not np and fast(g) and params[name].flags.c_contiguous:  # in one kernel
+            if name not in state:
+                state[name] = xp.zeros(g.shape, g.dtype)
+            launch("sgd", g.size, g, state[name], params[name], float(lr), float(momentum),
+                   float(weight_decay), NESTEROV=int(nesterov))
+            continue
         g = g + weight_decay * params[name]
         v = state[name] = momentum * state[name] + g if name in state else g
         params[name] -= lr * (g + momentum * v if nesterov else v)
@@ -740,7 +728,7 @@ def cosine(step, steps, lr, warm_up=0):
 # ---- 7  Data -------------------------------------------------------------------------------------
 
 import argparse, collections, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
-import shlex, shutil, signal, tarfile, time, timeit, urllib.request, zipfile
+import shlex, signal, tarfile, time, timeit, urllib.request, zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 class UserError(Exception):
@@ -1058,7 +1046,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 3  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 4  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1079,6 +1067,7 @@ class Config:
     out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>")
     json: bool = flag(False, "end stdout with one JSON object")
     quiet: bool = flag(False, "no progress")
+    tf32: bool = flag(False, "let a GPU multiply matrices in TF32: faster, less exact")
     threads: int = flag(0, "worker threads on the CPU; default one for each core")
     teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
     arch: str = flag("", "of the ANN", choices=("", *ARCHITECTURES))
@@ -1104,7 +1093,6 @@ class Config:
     w_rca: float = flag(Weights.rca, "weight of Eq. (7), in (9) and in (10)", "d")
     w_tar: float = flag(Weights.tar, "weight of Eq. (8), in (9)", "d")
     w_rate: float = flag(300.0, "weight of Eq. (12), in (10), for layers that both have", "d")
-    w_tv: float = flag(0.0, "weight of the total variation, pixels only", "d")
     tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d", least=1e-3)
     lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for a teacher's", "dt", least=1e-9)
     weight_decay: float = flag(5e-4, "of the network that is trained", "dt")
@@ -1160,10 +1148,11 @@ def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_
     def watch(layer, z):
         y = outputs.pop(layer, z[:0])
         if layer in thresholds and y.shape == (len(x), *z.shape[1:]):
-            loss, back = rate_matching(z, y, student.T, thresholds[layer],
-                                       student.params.get(layer + ".amplitude", 1.0))
+            matching = fast_rate_matching if fast(z) else rate_matching
+            loss, back = matching(z, y, student.T, thresholds[layer],
+                                  student.params.get(layer + ".amplitude", 1.0))
             rates.append(loss)
-            return lambda dz: dz + back(w_rate / len(rates))  # when all layers have been seen
+            return lambda dz: back(w_rate / len(rates), dz)  # when all layers have been seen
     def criterion(s):
         relations, back = rca(t.features, s.features)
         yield distillation_loss(t.logits, s.logits, tau)
@@ -1200,13 +1189,6 @@ def first_student(c, rng, teacher, shapes, thresholds):
     return params | fit | {f"{layer}.{part}": V for layer, V in thresholds.items()
                            if layer + ".weight" in params for part in ("v_th", "amplitude")}
 
-def total_variation(x):
-    """Mean squared difference of neighbouring pixels.   x (N, H, W, C).   back: dloss -> dx."""
-    def back(dloss=1.0):
-        gaps = (xp.diff(xp.diff(x, axis=k), axis=k, prepend=0, append=0) for k in (1, 2))
-        return (sum(gaps) * (-2 * dloss / x.size)).astype(x.dtype)
-    return sum((xp.diff(x, axis=k) ** 2).sum() for k in (1, 2)) / x.size, back
-
 def synthesise(c, params, state, rng, nets, weights, size, real):
     """Yields (images on the device, parts of Eq. (9)); drawn from the uint8 images real, if any."""
     if len(real):
@@ -1223,9 +1205,8 @@ def synthesise(c, params, state, rng, nets, weights, size, real):
         images, images_back = sigmoid(v)
         x, augment_back = augment(images, *crop)
         parts, dx = synthesis_loss(x, *nets, weights)
-        parts["tv"], tv_back = total_variation(images)
-        dv = images_back(augment_back(dx) + tv_back(c.w_tv))
-        adam({"v": v}, {"v": dv}, pixel_state, cosine(step, c.synthesis_steps, 25 * c.lr_generator))
+        lr = cosine(step, c.synthesis_steps, 25 * c.lr_generator)
+        adam({"v": v}, {"v": images_back(augment_back(dx))}, pixel_state, lr)
     if c.synthesis == "pixels":
         yield sigmoid(v)[0], parts
 
@@ -1252,9 +1233,6 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
     ripe = c.warm_up // 2 * batches * (c.synthesis == "generator")  # what came before is not used
     need = c.epochs * batches * c.batch * size * size * 3
-    free = shutil.disk_usage(folder).free + (os.path.exists(path) and os.path.getsize(path))
-    if free < need:
-        raise OSError(28, f"pool.bin will take {need >> 20} MiB, {free >> 20} are free")
     def pool(epochs):
         with reading(path, "start a new run"):
             return np.memmap(path, np.uint8, "r", shape=(epochs * batches, c.batch, size, size, 3))
@@ -1276,7 +1254,7 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
             for (k, weight), one in zip(vars(weights).items(), np.eye(6).tolist()) if weight}
         images, V = pool(epoch + 1), {}
         def threshold(layer, z):  # a quantile of every seventh activation of the teacher
-            V[layer] = max(1e-3, float(np.quantile(to_host(z).ravel()[::7], c.quantile)))
+            V[layer] = max(1e-3, float(np.quantile(to_host(z.ravel()[::7]), c.quantile)))
         predict(teacher, images[min(epoch + 1, c.warm_up) * batches - 1], c.batch, watch=threshold)
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, shapes, V))
@@ -1405,7 +1383,8 @@ def run_bench(c):
         result[name] = np.median(timeit.repeat(lambda: (job(), to_host(z)), number=1, repeat=9)[2:])
     rate = B / result["distill_step_s"]
     result |= dict(images_per_s=rate, gflops=rate * (macs(ann, 32) + 3 * macs(snn, 32)) * 2e-9,
-                   peak_mib=(linux_says("VmHWM:") - before) / 1024 if before else None)
+                   peak_mib=xp.get_default_memory_pool().total_bytes() / 2 ** 20 if xp is not np
+                   else (linux_says("VmHWM:") - before) / 1024 if before else None)
     print(*(f"{k:20} {v and format(v, '.4g')}" for k, v in result.items()), sep="\n")
     return result
 
@@ -1602,7 +1581,6 @@ def parse(argv):
             fits = v in known if known else isinstance(v, str) or least <= v <= most
             require(fits, f"{dashed(name)} must be {rule}, not {v}")
         for name, fits, other in (
-                ("w_tv", c.synthesis == "pixels", "--synthesis pixels"),
                 ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
                 ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
@@ -1618,7 +1596,7 @@ def main(argv=None):
     try:
         c = resumed(given, command) if "resume" in given else Config(**given)
         THREADS = c.threads or THREADS
-        use_device(c.device)
+        use_device(c.device, c.tf32)
         keep_pages()
         result = COMMANDS[command](c)
         if c.json:
@@ -1632,7 +1610,7 @@ def main(argv=None):
         return 130
     return 0
 
-# ---- 12  Fast paths on the CPU: skip on first reading --------------------------------------------
+# ---- 12  Fast paths: skip on first reading -------------------------------------------------------
 
 CHUNK_BYTES = 1 << 20        # of one operand of a chunk; smaller ones wait for the interpreter
 _pool = ThreadPoolExecutor(64)
@@ -1656,10 +1634,16 @@ def parallel(function, n, chunk):
     def work(_=None):
         for k in todo:
             results[k] = function(k * chunk, min(n, (k + 1) * chunk))
-    others = _pool.map(work, range(min(THREADS, len(results)) - 1))
+    others = _pool.map(work, range(min(THREADS if xp is np else 1, len(results)) - 1))
     work()
     list(others)  # waits for them, and raises what they raised
     return results
+
+def accumulate(x, more):
+    """x += more"""
+    def part(i, j):
+        x[i:j] += more[i:j]
+    parallel(part, len(x), images_a_chunk(x, None))
 
 def keep_pages():
     """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""
@@ -1669,42 +1653,54 @@ def keep_pages():
 
 def images_a_chunk(x, chunk):
     """At least four chunks if there are as many images, whatever the number of threads."""
-    return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes))
+    most = CHUNK_BYTES if xp is np else 2 ** 26  # of which 3x3 windows take nine times as much
+    return chunk or max(1, min(-(-len(x) // 4) if xp is np else len(x), most // x[0].nbytes))
 
 # -- convolution: each of the two ways returns what it does with a chunk of images:
 #    forward(x, y), backward(x, dy, dx) -> a part of dw, and gather(sum of parts) -> dw
 def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
     """conv2d of section 2: Winograd for 3x3, stride 1 and even H, else im2col a chunk."""
-    three = w.shape[2:] == (3, 3) and stride == 1 and x.shape[1] % 2 == 0
-    forward, backward, gather = (_winograd if three else _im2col)(w, stride, need)
-    y = np.empty((len(x), *(-(-n // stride) for n in x.shape[1:3]), len(w)), w.dtype)
+    three = xp is np and w.shape[2:] == (3, 3) and stride == 1 and x.shape[1] % 2 == 0
+    (N, H, W, C), (h, v) = x.shape, (-(-n // stride) for n in x.shape[1:3])
+    sizes = dict(C=C, H=H, W=W, h=h, w=v, R=w.shape[2], S=w.shape[3], D=stride)
+    forward, backward, gather = (_winograd if three else _im2col)(w, stride, need, sizes)
+    y = xp.empty((N, h, v, len(w)), w.dtype)
     chunk = images_a_chunk(x if x.size > y.size else y, chunk)
-    parallel(lambda i, j: forward(x[i:j], y[i:j]), len(x), chunk)
+    parallel(lambda i, j: forward(x[i:j], y[i:j]), N, chunk)
+    kept = x if "p" in need else np.empty((N, 0))
     def back(dy):
-        dx = np.empty(x.shape, dy.dtype)
-        dw = parallel(lambda i, j: backward(x[i:j], dy[i:j], dx[i:j]), len(x), chunk)
+        dx = xp.empty((N, H, W, C), dy.dtype)
+        dw = parallel(lambda i, j: backward(kept[i:j], dy[i:j], dx[i:j]), N, chunk)
         return (dx if "x" in need else None,
-                np.ascontiguousarray(gather(sum(dw))) if "p" in need else None)
+                xp.ascontiguousarray(gather(sum(dw))) if "p" in need else None)
     return y, back
 
-def _im2col(w, stride, need):
+def _im2col(w, stride, need, sizes):
     (K, C, R, S), P, Q = w.shape, w.shape[2] // 2, w.shape[3] // 2
-    flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
+    flat = xp.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
     margins = (0, 0), (P, P), (Q, Q), (0, 0)
     def windows(padded):  # (n, h, v, R, S, C)
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
         return view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
     columns = lambda x: windows(np.pad(x, margins)).reshape(-1, R * S * C)
-    forward = lambda x, y: np.matmul(columns(x), flat, out=y.reshape(-1, K))
+    def fold(dcolumns, dx):  # the adjoint of columns
+        padded = np.pad(np.zeros_like(dx), margins)
+        into = windows(padded)
+        dwindows = dcolumns.reshape(into.shape)
+        for r, s in np.ndindex(R, S):
+            into[:, :, :, r, s] += dwindows[:, :, :, r, s]
+        dx[...] = padded[:, P:P + dx.shape[1], Q:Q + dx.shape[2]]
+    if xp is not np:
+        fold = lambda dcolumns, dx: launch("fold", dx.size, dcolumns, dx, **sizes)
+        def columns(x):
+            y = xp.empty((len(x) * sizes["h"] * sizes["w"], len(flat)), x.dtype)
+            launch("columns", y.size, x, y, **sizes)
+            return y
+    forward = lambda x, y: xp.matmul(columns(x), flat, out=y.reshape(-1, K))
     def backward(x, dy, dx):
         d = dy.reshape(-1, K)
         if "x" in need:
-            padded = np.pad(np.zeros_like(dx), margins)
-            into = windows(padded)
-            dwindows = (d @ flat.T).reshape(into.shape)
-            for r, s in np.ndindex(R, S):
-                into[:, :, :, r, s] += dwindows[:, :, :, r, s]
-            dx[...] = padded[:, P:P + dx.shape[1], Q:Q + dx.shape[2]]
+            fold(d @ flat.T, dx)
         return columns(x).T @ d if "p" in need else None
     return forward, backward, lambda dw: dw.reshape(R, S, C, K).transpose(3, 2, 0, 1)
 
@@ -1764,7 +1760,7 @@ def _pairs(dy, most):
     np.subtract(e, o, out=difference)
     return lines
 
-def _winograd(w, stride, need):
+def _winograd(w, stride, need, sizes):
     most = 4096 // max(w.shape[:2]) if max(w.shape[:2]) <= 64 else 2 ** 31  # see _products
     kernel = _kernel(w)
     turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1)) if "x" in need else None
@@ -1793,23 +1789,22 @@ def _sum(v, C):
     return (np.ones(len(rows), v.dtype) @ rows).reshape(-1, C).sum(0, dtype=np.float64)
 
 def moments(y, chunk=None):
-    """Mean and biased variance a channel: mean and M2 of chunks, merged exactly."""
-    C, v = y.shape[-1], y.reshape(len(y), -1)
+    """Mean and biased variance a channel, from sums about the mean of the first image."""
+    C, v, count = y.shape[-1], y.reshape(len(y), -1), y.size // y.shape[-1]
+    guess = v[0].reshape(-1, C).mean(0)
+    row = _row(guess, v)
     def part(i, j):
-        count = v[i:j].size // C
-        mean = (_sum(v[i:j], C) / count).astype(y.dtype)
-        d = v[i:j] - _row(mean, v)
-        shift = _sum(d, C)  # what rounding the mean left
-        return np.full(C, count), mean + shift / count, _sum(d * d, C) - shift ** 2 / count
-    n, m, m2 = np.stack(parallel(part, len(y), images_a_chunk(y, chunk)), 1)
-    mean = (n * m).sum(0) / n.sum(0)
-    return mean, (m2 + n * (m - mean) ** 2).sum(0) / n.sum(0)
+        e = v[i:j] - row
+        return np.array([_sum(e, C), _sum(e * e, C)])
+    mean, square = sum(parallel(part, len(y), images_a_chunk(y, chunk))) / count
+    return guess + mean, np.maximum(square - mean ** 2, 0)
 
 FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
 
 def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
     """Whether fast_norm_activation covers the case: wrong arguments are left to the formulas."""
-    fits = {v.shape for v in (gamma, beta, mean, var)} == {a.shape[-1:]} and a.size > a.shape[-1]
+    fits = ({v.shape for v in (gamma, beta, mean, var)} == {a.shape[-1:]} and a.size > a.shape[-1]
+            and (xp is np or T <= 32 and a.size * (T if first else 1) < 2 ** 31 - 256))
     if isinstance(activation, Neuron):
         return (fits and activation.detach_reset and v_th > 0 and T >= 1 and
                 (shortcut is None if first else len(a) % T == 0))
@@ -1819,6 +1814,9 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
                          train, tap, need="xp", chunk=None, momentum=.1, eps=1e-5):
     """norm_activation of section 4 without a pass over memory for each of its operators.
     Keeps a and z; membranes are computed again."""
+    if xp is not np:
+        return gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first,
+                                   shortcut, train, tap, need, momentum)
     dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
     tapped, tap_back = tap(a) if tap else (None, None)
     if train:
@@ -1892,45 +1890,224 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
                     out += x * linear + offset
             parallel(finish, v.shape[1], chunk)
         if tap:
-            da += tap_back().reshape(da.shape)
+            accumulate(da.reshape(a.shape), tap_back())
         params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
         return (da.reshape(a.shape) if "x" in need else None, *params,
                 None if kept is None else dv.reshape(shortcut.shape))
     return (z.reshape(-1, *a.shape[1:]), running, tapped), back
 
-def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, eps=1e-5, chunk=None):
-    """A layer of Eq. (3) and (8).   -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
+def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
+    """A layer of Eq. (3) and (8), from sums of y, the normalised a, of y^2 and of the tanh of (8).
+    -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
     C, v, count = a.shape[-1], a.reshape(len(a), -1), a.size // a.shape[-1]
-    chunk = images_a_chunk(a, chunk)
-    levels = [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
-    pi = np.asarray(pi, np.float64)[:len(levels), None]
-    slope = np.sign(gamma) / (2 * tail.tau * np.sqrt(np.float64(var) + eps))
-    scale, shift = _row(slope, v), _row(-slope * mean, v)
-    def tanhs(i, j):  # sigmoid(2 x) = (1 + tanh x) / 2
-        h = v[i:j] * scale + shift
-        return (np.tanh(t, out=t) for t in (h - level for level in levels))
-    total = sum(parallel(lambda i, j: np.array([_sum(t, C) for t in tanhs(i, j)]), len(a), chunk))
-    m, b = moments(a, chunk)
-    e = .5 + .5 * total.reshape(len(levels), C) / count
-    d = e - pi
-    gaps = m - mean, b - var
-    norms = [np.sqrt((gap ** 2).sum()) for gap in gaps]
-    l_bn, l_tar = sum(norms) if w_bn else 0.0, (d ** 2 / (pi * (1 - pi))).mean() if levels else 0.0
-    def back():
-        dm, db = (w_bn / count * gap / (norm or 1) for gap, norm in zip(gaps, norms))
-        de = w_tar * d / (pi * (1 - pi)) / max(1, d.size) * slope / count
-        linear, constant = _row(2 * db, v), _row(dm - 2 * db * m + de.sum(0), v)
-        weights, da = [_row(-x, v) for x in de], np.empty_like(v)
+    sd, width, chunk = xp.sqrt(var + var.dtype.type(1e-5)), 2 * tail.tau, images_a_chunk(a, chunk)
+    levels = [k / width for k in tail.kappa] if w_tar else []
+    if xp is np:
+        scale, shift, turn = (_row(x, v) for x in (1 / sd, -mean / sd, np.sign(gamma) / width))
+        def normal(i, j):  # y, and the tanh for each level: sigmoid(2 x) = (1 + tanh x) / 2
+            y = v[i:j] * scale + shift
+            h = y * turn if levels else y
+            return y, (np.tanh(t, out=t) for t in (h - level for level in levels))
         def part(i, j):
-            np.multiply(v[i:j], linear, out=da[i:j])
+            y, tanhs = normal(i, j)
+            return np.array([_sum(y, C), _sum(y * y, C), *(_sum(t, C) for t in tanhs)])
+        sums = sum(parallel(part, len(a), chunk))
+    else:
+        sums = gpu_sums(a, a, gamma, mean, var, "y", "y * y", *(
+            f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
+    m, square, *tails = sums / count
+    gaps = xp.stack([m * sd, (square - m * m) * sd * sd - var])
+    norms = xp.sqrt((gaps ** 2).sum(1, keepdims=True))
+    l_bn, l_tar = norms.sum() if w_bn else 0.0, 0.0
+    if levels:
+        pi = xp.asarray(pi, gaps.dtype)[:, None]
+        d = 0.5 + 0.5 * xp.stack(tails) - pi
+        l_tar = (d ** 2 / (pi * (1 - pi))).mean()
+    def back():
+        dm, dv = gaps / xp.where(norms > 0, norms, 1) * w_bn
+        dsums = [dm * sd - 2 * m * dv * sd * sd, dv * sd * sd]
+        dsums += [*(w_tar / d.size * d / (pi * (1 - pi)))] if levels else []
+        dsums, da = xp.stack(dsums) / count, xp.empty_like(v)
+        if xp is not np:
+            launch("tap_back", a.size, a, gamma, mean, var, dsums, da, C=C, K=len(levels),
+                   WIDTH=width, LEVELS=str([*levels, 0])[1:-1])
+            return da.reshape(a.shape)
+        tilt = dsums[2:] * xp.sign(gamma) / width / sd
+        linear, constant = _row(2 * dsums[1] / sd, v), _row(dsums[0] / sd + tilt.sum(0), v)
+        weights = [_row(-x, v) for x in tilt]
+        def part(i, j):
+            y, tanhs = normal(i, j)
+            np.multiply(y, linear, out=da[i:j])
             da[i:j] += constant
-            for t, weight in zip(tanhs(i, j), weights):  # (1 - tanh^2) de
+            for t, weight in zip(tanhs, weights):  # (1 - tanh^2) tilt
                 t *= t
                 t *= weight
                 da[i:j] += t
         parallel(part, len(a), chunk)
         return da.reshape(a.shape)
     return (l_bn, l_tar), back
+
+def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
+    """rate_matching of section 5."""
+    v, y = z.reshape(T, len(y), -1), y.reshape(len(y), -1)
+    gap, chunk = xp.empty_like(y), images_a_chunk(y, chunk)
+    def part(i, j):
+        xp.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
+        gap[i:j] -= xp.clip(y[i:j] * (1 / v_th), 0, 1)
+        return xp.vdot(gap[i:j], gap[i:j])
+    loss = sum(parallel(part, len(y), chunk)) / gap.size
+    def back(dloss, dz):
+        out = xp.empty_like(v)
+        def part(i, j):
+            step = gap[i:j] * (2 * dloss / (gap.size * T * float(amplitude)))
+            xp.add(dz.reshape(v.shape)[:, i:j], step, out=out[:, i:j])
+        parallel(part, len(y), chunk)
+        return out.reshape(z.shape)
+    return loss, back
+
+# -- GPU: thread i of n computes one number. e is x - mean, y normalised; sizes are compiled in.
+
+NORM = """int c = i % C;
+    real inv = 1 / sqrt(var[c] + real(1e-5)), sign = gamma[c] > 0 ? 1 : gamma[c] < 0 ? -1 : 0;"""
+
+STEPS = NORM + """
+    real u = start;
+    for (int t = 0; t < T; t++) {
+        real drive = gamma[c] * inv * (a[FIRST ? i : t * n + i] - mean[c]) + beta[c];
+        if (SHORTCUT) drive += shortcut[t * n + i];
+        u = lam * u + drive;"""
+
+KERNELS = {  # name: (arguments, body)
+    # windows (N, h, w, R, S, C) of x (N, H, W, C), zeros around it, every D pixels
+    "columns": ("in x, out y", """
+        int e = i % (S * C), r = i / (S * C) % R, b = i / (S * C * R) % w, m = i / (S * C * R * w);
+        int row = m % h * D + r - R / 2, at = (b * D - S / 2) * C + e;
+        bool inside = row >= 0 && row < H && at >= 0 && at < W * C;
+        y[i] = inside ? x[(m / h * H + row) * W * C + at] : 0;"""),
+    # its adjoint: each pixel adds up what the windows have of it
+    "fold": ("in y, out x", """
+        int c = i % C, b = i / C % W + S / 2, a = i / (C * W) % H + R / 2, m = i / (C * W * H);
+        real sum = 0;
+        for (int r = a % D; r < R && r <= a; r += D)
+            for (int s = b % D; s < S && s <= b; s += D)
+                if ((a - r) / D < h && (b - s) / D < w)
+                    sum += y[((((m * h + (a - r) / D) * w + (b - s) / D) * R + r) * S + s) * C + c];
+        x[i] = sum;"""),
+    # of each channel and every (n / C)-th row, sums of K terms
+    "sums": ("in d, in x, in gamma, in mean, in var, out parts, int rows", NORM + """
+        real sum[K] = {};
+        #pragma unroll 4
+        for (int row = i / C; row < rows; row += n / C) {
+            real e = x[row * C + c] - mean[c], y = e * inv, dy = d[row * C + c], term[] = {TERMS};
+            for (int k = 0; k < K; k++) sum[k] += term[k];
+        }
+        for (int k = 0; k < K; k++) parts[k * n + i] = sum[k];"""),
+    # mean and biased variance from sums of e and e^2 about a first guess; next running statistics
+    "moments": ("in sums, in guess, in mean, in var, out next, real count, real momentum", """
+        real m = sums[i] / count, square = sums[n + i] / count, v = max(real(0), square - m * m);
+        next[i] = guess[i] + m;
+        next[n + i] = v;
+        next[2 * n + i] = mean[i] + momentum * (next[i] - mean[i]);
+        next[3 * n + i] = var[i] + momentum * (v * (count / (count - 1)) - var[i]);"""),
+    # batch norm, shortcut, then Eq. (1) or, if SLOPE >= 0, the larger of x and SLOPE x
+    "fire": ("in a, in gamma, in beta, in mean, in var, in shortcut, out z, real lam, real start, "
+             "real V, real A", STEPS + """
+            z[t * n + i] = SLOPE < 0 ? (u >= V ? A : 0) : drive > 0 ? drive : real(SLOPE) * drive;
+            if (u >= V) u = HARD ? 0 : u - V;
+        }"""),
+    # dz to the gradient of what batch norm gives: Eq. (2), added up over T if FIRST
+    "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, out dy, real lam, "
+                  "real start, real V, real A", "real m[T], kept = 0, sum = 0;" + STEPS + """
+            m[t] = SLOPE < 0 ? u : drive;
+            if (u >= V) u = HARD ? 0 : u - V;
+        }
+        for (int t = T - 1; t >= 0; t--) {
+            real x = m[t] / V - 1, du = dz[t * n + i];
+            if (SLOPE >= 0) du *= m[t] > 0 ? 1 : real(SLOPE);
+            else du = du * A / V * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
+            kept = lam * du;
+            sum += du;
+            if (!FIRST) dy[t * n + i] = du;
+        }
+        if (FIRST) dy[i] = sum;"""),
+    # adjoint of batch norm from dy and its sums, those of dy and of dy y
+    "norm_back": ("in dy, in x, in gamma, in mean, in var, in sums, out dx, real count", NORM + """
+        real y = (x[i] - mean[c]) * inv, all = TRAIN ? (sums[c] + y * sums[C + c]) / count : 0;
+        dx[i] = gamma[c] * inv * (dy[i] - all);"""),
+    # adjoint of sums of y, y^2 and tanh(sign y / WIDTH - LEVEL), ..
+    "tap_back": ("in x, in gamma, in mean, in var, in dsums, out dx", NORM + """
+        real y = (x[i] - mean[c]) * inv, level[] = {LEVELS}, sum = dsums[c] + 2 * y * dsums[C + c];
+        for (int k = 0; k < K; k++) {
+            real soft = tanh(sign * y / real(WIDTH) - level[k]);
+            sum += dsums[(2 + k) * C + c] * sign / real(WIDTH) * (1 - soft * soft);
+        }
+        dx[i] = sum * inv;"""),
+    "sgd": ("in g, out v, out p, real lr, real momentum, real weight_decay", """
+        real d = g[i] + weight_decay * p[i];
+        v[i] = momentum * v[i] + d;
+        p[i] -= lr * (NESTEROV ? d + momentum * v[i] : v[i]);""")}
+CUDA_SURROGATES = dict(sigmoid="1 - tanh(2 * x) * tanh(2 * x)",
+                       triangle="x * x < 1 ? 1 - fabs(x) : 0",
+                       atan=f"1 / (1 + real({np.pi ** 2}) * x * x)")
+
+@functools.lru_cache(None)
+def _compiled(name, dtype, constants):
+    (arguments, body), real = KERNELS[name], "float" if dtype == np.float32 else "double"
+    types = ("real", real), ("in", "const real* __restrict__"), ("out", "real* __restrict__")
+    return xp.RawKernel("\n".join([*(f"#define {k} {v}" for k, v in (*constants, *types)),
+                                   f'extern "C" __global__ void {name}(int n, {arguments}) {{',
+                                   "int i = blockIdx.x * blockDim.x + threadIdx.x;",
+                                   f"if (i >= n) return;{body} }}"]), name)
+
+def launch(name, n, *arguments, **constants):
+    """Run n threads of a kernel on arrays of one dtype, taken as contiguous, and numbers."""
+    dtype = arguments[0].dtype
+    kernel = _compiled(name, dtype, (*constants.items(),))
+    kernel((-(-n // 256),), (256,), (np.int32(n), *(
+        np.int32(v) if isinstance(v, int) else dtype.type(v) if isinstance(v, float) else
+        xp.ascontiguousarray(v) for v in arguments)))
+
+def gpu_sums(d, x, gamma, mean, var, *terms):
+    """(terms, C): sums of each channel of x (.., C), in three stages."""
+    C, K = x.shape[-1], len(terms)
+    parts = xp.empty((K, 64, max(1, 2 ** 11 // C), C), x.dtype)
+    launch("sums", parts[0].size, d, x, gamma, mean, var, parts, x.size // C, C=C, K=K,
+           TERMS=", ".join(terms))
+    return parts.sum(2).sum(1)
+
+def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
+                        train, tap, need, momentum):
+    """norm_activation in four kernels, with their adjoints in four."""
+    a, C, count, running = xp.ascontiguousarray(a), a.shape[-1], a.size // a.shape[-1], (mean, var)
+    tapped, tap_back = tap(a) if tap else (None, None)
+    if train:
+        guess, new = a[0, a.shape[1] // 2, a.shape[2] // 2], xp.empty((4, C), a.dtype)
+        launch("moments", C, gpu_sums(a, a, gamma, guess, var, "e", "e * e"), guess, mean, var, new,
+               float(count), momentum)
+        mean, var, *running = new
+    n = activation if isinstance(activation, Neuron) else Neuron()
+    z, size = xp.empty((len(a) * (T if first else 1), *a.shape[1:]), a.dtype), len(a) * a[0].size
+    size = size if first else size // T
+    numbers = [float(v) for v in (n.lam, n.v_init * v_th, v_th, amplitude)]
+    given = a, gamma, beta, mean, var, a if shortcut is None else shortcut
+    sizes = dict(C=C, T=T, FIRST=int(first), SHORTCUT=int(shortcut is not None),
+                 HARD=int(n.reset == "hard"), SURROGATE=CUDA_SURROGATES[n.surrogate],
+                 SLOPE=FAST_SLOPES.get(activation, -1.0))
+    launch("fire", size, *given, z, *numbers, **sizes)
+    def back(dz):
+        dy, da, sums = xp.empty(a.shape, a.dtype), None, (None, None)
+        launch("fire_back", size, *given, dz, dy, *numbers, **sizes)
+        if train or "p" in need:
+            sums = gpu_sums(dy, a, gamma, mean, var, "dy", "dy * y")
+        if "x" in need:
+            da = xp.empty(a.shape, a.dtype)
+            launch("norm_back", a.size, dy, a, gamma, mean, var, sums if train else dy, da,
+                   float(count), C=C, TRAIN=int(train))
+            if tap:
+                da += tap_back()
+        dbeta, dgamma = sums if "p" in need else (None, None)
+        return da, dgamma, dbeta, None if shortcut is None else dy
+    return (z, tuple(running), tapped), back
 
 if __name__ == "__main__":
     with contextlib.suppress(AttributeError):  # ends as others do when nobody reads on
