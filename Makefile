@@ -1,4 +1,4 @@
-# make run       teacher -> spiking student on CIFAR-10, without data (about 15 minutes on 2 cores)
+# make run       teacher -> spiking student on CIFAR-10, without data (15 to 20 minutes on 2 cores)
 # make test      the gradient checks and all other tests, in a few minutes
 # make torture   the long ones: every generated mutant, 14,000 damaged files, 50 killed runs
 # make ablation  bn, bn+rca, bn+tar, stars and the ceiling, two seeds (two to three hours on 2 cores)
