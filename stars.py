@@ -11,7 +11,7 @@ the teacher's answers on them, Eq. (10). Sections 0 to 6 are the method, the res
 
     1 arrays and devices          4 networks, Eq. (11)      7 data                 10 reports
     2 operators                   5 losses, (3)-(10), (12)  8 weights and files    11 command line
-    3 spiking neuron, Eq. (1-2)   6 optimisers              9 procedures           12 fast CPU paths
+    3 spiking neuron, Eq. (1-2)   6 optimisers              9 procedures           12 fast paths
 
 The equations are numbered as in README.md; `# Eq. (n)` stands on the line that computes one.
 Eq. (7) and (8) are this project's formalisation of the abstract of STARS (arXiv 2605.27409):
@@ -23,7 +23,7 @@ PyTorch state_dict. T time steps are folded into the batch: (T, N, ...) -> (T*N,
 arguments, in their order (of a network: x, then {name: gradient}); it changes nothing and is called
 once. `need` says which are wanted, "x" for the input and "p" for the parameters; the others are
 None and cost nothing. A tap is a loss on the input of a batch norm: x -> (loss, back). Parameters
-and images have one dtype. ValueError: an argument is of a form that NumPy would not notice.
+and images have one dtype. Most shapes are left to NumPy to check; ValueError names an argument.
 """
 import dataclasses, functools, os, re, sys
 from types import SimpleNamespace
@@ -1652,7 +1652,7 @@ def keep_pages():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 def images_a_chunk(x, chunk):
-    """At least four chunks if there are as many images, whatever the number of threads."""
+    """On the CPU at least four chunks, if there are as many images, whatever the threads."""
     most = CHUNK_BYTES if xp is np else 2 ** 26  # of which 3x3 windows take nine times as much
     return chunk or max(1, min(-(-len(x) // 4) if xp is np else len(x), most // x[0].nbytes))
 
@@ -1948,7 +1948,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
     return (l_bn, l_tar), back
 
 def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
-    """rate_matching of section 5."""
+    """Eq. (12) as rate_matching of section 5, without T copies of its gradient."""
     v, y = z.reshape(T, len(y), -1), y.reshape(len(y), -1)
     gap, chunk = xp.empty_like(y), images_a_chunk(y, chunk)
     def part(i, j):
@@ -2068,7 +2068,7 @@ def launch(name, n, *arguments, **constants):
         xp.ascontiguousarray(v) for v in arguments)))
 
 def gpu_sums(d, x, gamma, mean, var, *terms):
-    """(terms, C): sums of each channel of x (.., C), in three stages."""
+    """(terms, C): of each channel of x (.., C), sums of terms in e, y and dy = d; three stages."""
     C, K = x.shape[-1], len(terms)
     parts = xp.empty((K, 64, max(1, 2 ** 11 // C), C), x.dtype)
     launch("sums", parts[0].size, d, x, gamma, mean, var, parts, x.size // C, C=C, K=K,
@@ -2077,7 +2077,7 @@ def gpu_sums(d, x, gamma, mean, var, *terms):
 
 def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
                         train, tap, need, momentum):
-    """norm_activation in four kernels, with their adjoints in four."""
+    """fast_norm_activation in four kernels, its adjoint in four. Keeps a and the shortcut."""
     a, C, count, running = xp.ascontiguousarray(a), a.shape[-1], a.size // a.shape[-1], (mean, var)
     tapped, tap_back = tap(a) if tap else (None, None)
     if train:
@@ -2086,8 +2086,8 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
                float(count), momentum)
         mean, var, *running = new
     n = activation if isinstance(activation, Neuron) else Neuron()
-    z, size = xp.empty((len(a) * (T if first else 1), *a.shape[1:]), a.dtype), len(a) * a[0].size
-    size = size if first else size // T
+    z = xp.empty((len(a) * (T if first else 1), *a.shape[1:]), a.dtype)
+    size = a.size if first else a.size // T
     numbers = [float(v) for v in (n.lam, n.v_init * v_th, v_th, amplitude)]
     given = a, gamma, beta, mean, var, a if shortcut is None else shortcut
     sizes = dict(C=C, T=T, FIRST=int(first), SHORTCUT=int(shortcut is not None),
