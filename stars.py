@@ -698,11 +698,7 @@ def rate_matching(z, y, T, v_th, amplitude=1.0):
 def sgd(params, grads, state, lr, momentum=0.9, nesterov=False, weight_decay=0.0):
     """g += weight_decay p;   v = momentum v + g;   p -= lr (g + momentum v if nesterov else v)."""
     for name, g in grads.items():
-        if xp is not np and fast(g) and params[name].flags.c_contiguous:  # in one kernel
-            if name not in state:
-                state[name] = xp.zeros(g.shape, g.dtype)
-            launch("sgd", g.size, g, state[name], params[name], float(lr), float(momentum),
-                   float(weight_decay), NESTEROV=int(nesterov))
+        if gpu_update("sgd", params[name], g, state, [name], lr, momentum, weight_decay, nesterov):
             continue
         g = g + weight_decay * params[name]
         v = state[name] = momentum * state[name] + g if name in state else g
@@ -711,12 +707,15 @@ def sgd(params, grads, state, lr, momentum=0.9, nesterov=False, weight_decay=0.0
 def adam(params, grads, state, lr, betas=(0.9, 0.999), eps=1e-8):
     """p -= lr m / (sqrt v + eps); m, v: bias-corrected means of g and g^2 (Kingma & Ba 2015)."""
     step = state["step"] = state.get("step", 0) + 1
+    correct = [1 - beta ** step for beta in betas]
     for name, g in grads.items():
-        m, v = state.get("m." + name, 0), state.get("v." + name, 0)
+        moments = "m." + name, "v." + name
+        if gpu_update("adam", params[name], g, state, moments, lr, *betas, eps, *correct):
+            continue
+        m, v = (state.get(k, 0) for k in moments)
         m, v = m + (1 - betas[0]) * (g - m), v + (1 - betas[1]) * (g * g - v)
-        state["m." + name], state["v." + name] = m, v
-        m, v = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
-        params[name] -= lr * m / (xp.sqrt(v) + eps)
+        state |= zip(moments, (m, v))
+        params[name] -= lr * (m / correct[0]) / (xp.sqrt(v / correct[1]) + eps)
 
 def cosine(step, steps, lr, warm_up=0):
     """Learning rate at a step: linear up to lr over warm_up steps, then half a cosine to 0."""
@@ -1900,39 +1899,32 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
     """A layer of Eq. (3) and (8), from sums of y, the normalised a, of y^2 and of the tanh of (8).
     -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
     C, v, count = a.shape[-1], a.reshape(len(a), -1), a.size // a.shape[-1]
-    sd, width, chunk = xp.sqrt(var + var.dtype.type(1e-5)), 2 * tail.tau, images_a_chunk(a, chunk)
-    levels = [k / width for k in tail.kappa] if w_tar else []
-    if xp is np:
-        scale, shift, turn = (_row(x, v) for x in (1 / sd, -mean / sd, np.sign(gamma) / width))
-        def normal(i, j):  # y, and the tanh for each level: sigmoid(2 x) = (1 + tanh x) / 2
-            y = v[i:j] * scale + shift
-            h = y * turn if levels else y
-            return y, (np.tanh(t, out=t) for t in (h - level for level in levels))
-        def part(i, j):
-            y, tanhs = normal(i, j)
-            return np.array([_sum(y, C), _sum(y * y, C), *(_sum(t, C) for t in tanhs)])
-        sums = sum(parallel(part, len(a), chunk))
-    else:
-        sums = gpu_sums(a, a, gamma, mean, var, "y", "y * y", *(
-            f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
-    m, square, *tails = sums / count
-    gaps = xp.stack([m * sd, (square - m * m) * sd * sd - var])
-    norms = xp.sqrt((gaps ** 2).sum(1, keepdims=True))
+    width, levels = 2 * tail.tau, [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
+    if xp is not np:
+        return gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels)
+    sd, chunk = np.sqrt(var + var.dtype.type(1e-5)), images_a_chunk(a, chunk)
+    scale, shift, turn = (_row(x, v) for x in (1 / sd, -mean / sd, np.sign(gamma) / width))
+    def normal(i, j):  # y, and the tanh for each level: sigmoid(2 x) = (1 + tanh x) / 2
+        y = v[i:j] * scale + shift
+        h = y * turn if levels else y
+        return y, (np.tanh(t, out=t) for t in (h - level for level in levels))
+    def part(i, j):
+        y, tanhs = normal(i, j)
+        return np.array([_sum(y, C), _sum(y * y, C), *(_sum(t, C) for t in tanhs)])
+    m, square, *tails = sum(parallel(part, len(a), chunk)) / count
+    gaps = np.stack([m * sd, (square - m * m) * sd * sd - var])
+    norms = np.sqrt((gaps ** 2).sum(1, keepdims=True))
     l_bn, l_tar = norms.sum() if w_bn else 0.0, 0.0
     if levels:
-        pi = xp.asarray(pi, gaps.dtype)[:, None]
-        d = 0.5 + 0.5 * xp.stack(tails) - pi
+        pi = np.asarray(pi)[:, None]
+        d = 0.5 + 0.5 * np.stack(tails) - pi
         l_tar = (d ** 2 / (pi * (1 - pi))).mean()
     def back():
-        dm, dv = gaps / xp.where(norms > 0, norms, 1) * w_bn
+        dm, dv = gaps / np.where(norms > 0, norms, 1) * w_bn
         dsums = [dm * sd - 2 * m * dv * sd * sd, dv * sd * sd]
         dsums += [*(w_tar / d.size * d / (pi * (1 - pi)))] if levels else []
-        dsums, da = xp.stack(dsums) / count, xp.empty_like(v)
-        if xp is not np:
-            launch("tap_back", a.size, a, gamma, mean, var, dsums, da, C=C, K=len(levels),
-                   WIDTH=width, LEVELS=str([*levels, 0])[1:-1])
-            return da.reshape(a.shape)
-        tilt = dsums[2:] * xp.sign(gamma) / width / sd
+        dsums, da = np.stack(dsums) / count, np.empty_like(v)
+        tilt = dsums[2:] * np.sign(gamma) / width / sd
         linear, constant = _row(2 * dsums[1] / sd, v), _row(dsums[0] / sd + tilt.sum(0), v)
         weights = [_row(-x, v) for x in tilt]
         def part(i, j):
@@ -2034,6 +2026,27 @@ KERNELS = {  # name: (arguments, body)
     "norm_back": ("in dy, in x, in gamma, in mean, in var, in sums, out dx, real count", NORM + """
         real y = (x[i] - mean[c]) * inv, all = TRAIN ? (sums[c] + y * sums[C + c]) / count : 0;
         dx[i] = gamma[c] * inv * (dy[i] - all);"""),
+    # Eq. (3), Eq. (8) and their gradient on the sums of y, y^2 and K tanhs from these sums
+    "tap": ("in sums, in var, in pi, out losses, out dsums, real count, real w_bn, real w_tar", """
+        real m, v, gap, mean_norm = 0, var_norm = 0, loss = 0;
+        for (int k = C; k >= 0; k--) {  // each channel, the last time that of the thread
+            int c = k ? k - 1 : i;
+            m = sums[c] / count, v = var[c] + real(1e-5);
+            gap = (sums[C + c] / count - m * m) * v - var[c];
+            mean_norm += k ? m * m * v : 0, var_norm += k ? gap * gap : 0;
+        }
+        mean_norm = sqrt(mean_norm), var_norm = sqrt(var_norm);
+        dsums[C + i] = var_norm > 0 ? w_bn * gap / var_norm * v / count : 0;
+        dsums[i] = (mean_norm > 0 ? w_bn * m / mean_norm * v / count : 0) - 2 * m * dsums[C + i];
+        for (int k = 2; k < K + 2; k++) {
+            real pi_k = pi[k - 2], scale = 1 / (pi_k * (1 - pi_k) * K * C), d;
+            for (int c = 0; c < C; c++)
+                d = real(.5) + sums[k * C + c] / (2 * count) - pi_k, loss += d * d * scale;
+            d = real(.5) + sums[k * C + i] / (2 * count) - pi_k;
+            dsums[k * C + i] = w_tar * d * scale / count;
+        }
+        losses[0] = mean_norm + var_norm;  // the same from all threads
+        losses[1] = loss;"""),
     # adjoint of sums of y, y^2 and tanh(sign y / WIDTH - LEVEL), ..
     "tap_back": ("in x, in gamma, in mean, in var, in dsums, out dx", NORM + """
         real y = (x[i] - mean[c]) * inv, level[] = {LEVELS}, sum = dsums[c] + 2 * y * dsums[C + c];
@@ -2042,10 +2055,15 @@ KERNELS = {  # name: (arguments, body)
             sum += dsums[(2 + k) * C + c] * sign / real(WIDTH) * (1 - soft * soft);
         }
         dx[i] = sum * inv;"""),
-    "sgd": ("in g, out v, out p, real lr, real momentum, real weight_decay", """
+    "sgd": ("in g, out v, out p, real lr, real momentum, real weight_decay, real nesterov", """
         real d = g[i] + weight_decay * p[i];
         v[i] = momentum * v[i] + d;
-        p[i] -= lr * (NESTEROV ? d + momentum * v[i] : v[i]);""")}
+        p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);"""),
+    "adam": ("in g, out m, out v, out p, real lr, real beta, real beta2, real eps, real correct, "
+             "real correct2", """
+        m[i] += (1 - beta) * (g[i] - m[i]);
+        v[i] += (1 - beta2) * (g[i] * g[i] - v[i]);
+        p[i] -= lr * (m[i] / correct) / (sqrt(v[i] / correct2) + eps);""")}
 CUDA_SURROGATES = dict(sigmoid="1 - tanh(2 * x) * tanh(2 * x)",
                        triangle="x * x < 1 ? 1 - fabs(x) : 0",
                        atan=f"1 / (1 + real({np.pi ** 2}) * x * x)")
@@ -2074,6 +2092,28 @@ def gpu_sums(d, x, gamma, mean, var, *terms):
     launch("sums", parts[0].size, d, x, gamma, mean, var, parts, x.size // C, C=C, K=K,
            TERMS=", ".join(terms))
     return parts.sum(2).sum(1)
+
+def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
+    """fast_tap in three kernels; the second has the losses and their gradient on the sums."""
+    C, K = a.shape[-1], len(levels)
+    sums = gpu_sums(a, a, gamma, mean, var, "y", "y * y", *(
+        f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
+    losses, dsums, da = xp.empty(2, a.dtype), xp.empty(sums.shape, a.dtype), xp.empty_like(a)
+    launch("tap", C, sums, var, xp.asarray(pi, a.dtype), losses, dsums, float(a.size // C),
+           float(w_bn), float(w_tar), C=C, K=K)
+    def back():
+        launch("tap_back", a.size, a, gamma, mean, var, dsums, da, C=C, K=K, WIDTH=width,
+               LEVELS=str([*levels, 0])[1:-1])
+        return da
+    return (losses[0] if w_bn else 0.0, losses[1]), back
+
+def gpu_update(kernel, p, g, state, names, *numbers):
+    """Whether it was a kernel that updated p and its moments state[names] by the gradient g."""
+    if xp is np or not fast(g) or not p.flags.c_contiguous:
+        return False
+    state |= {name: xp.zeros(g.shape, g.dtype) for name in names if name not in state}
+    launch(kernel, g.size, g, *(state[name] for name in names), p, *map(float, numbers))
+    return True
 
 def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
                         train, tap, need, momentum):

@@ -1418,7 +1418,7 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("E_AC * accumulates", "E_MAC * accumulates", "students_and_energy_are_their_simulation"),
     ("g + momentum * v if nesterov else v", "v", "sgd_is_its_formula"),
     ("g = g + weight_decay * params[name]", "pass", "sgd_is_its_formula"),
-    ("m / (1 - betas[0] ** step)", "m", "adam_is_its_formula"),
+    ("m / correct[0]", "m", "adam_is_its_formula"),
     ("(step + 1) / warm_up", "step / warm_up", "cosine_schedule_is_its_formula")]
 
 FAST_MUTANTS = [  # as above, of section 12
@@ -1445,11 +1445,13 @@ FAST_MUTANTS = [  # as above, of section 12
      "fast_norm_activation_is_norm_activation"),
     ("dv[:, i:j].sum(0)", "dv[:, i:j].mean(0)", "fast_norm_activation_is_norm_activation"),
     ("k * (dgamma * inv * mean - dbeta)", "-k * dbeta", "fast_norm_activation_is_norm_activation"),
-    ("xp.where(norms > 0, norms, 1)", "norms",
+    ("np.where(norms > 0, norms, 1)", "norms",
      "fast_tap_of_statistics_that_match_has_gradient_zero"),
     ("np.sign(gamma) / width))", "1 / width + 0 * mean))", "fast_tap_is_bn_matching_and_tar"),
     ("+ tilt.sum(0)", "", "fast_tap_is_bn_matching_and_tar"),
     ("2 * dsums[1] / sd", "dsums[1] / sd", "fast_tap_is_bn_matching_and_tar"),
+    ("- 2 * m * dv * sd * sd,", ",", "fast_tap_is_bn_matching_and_tar"),
+    ("w_tar / d.size", "w_tar", "fast_tap_is_bn_matching_and_tar"),
     ("1 / (T * float(amplitude)), out", "1 / T, out", "fast_rate_matching_is_rate_matching"),
     ("gap.size * T * float", "gap.size * float", "fast_rate_matching_is_rate_matching"),
     *((old, new, "kernels_are_their_operators") for old, new in (
@@ -1463,7 +1465,10 @@ FAST_MUTANTS = [  # as above, of section 12
         ("if (FIRST) dy[i] = sum", "if (FIRST) dy[i] = du"),
         ("sums[c] + y * sums[C + c]", "sums[c]"), ("2 * y * dsums", "y * dsums"),
         ("(1 - soft * soft)", "soft"), ("m[t] > 0 ? 1 :", "m[t] > 0 ? 0 :"),
-        ("- 2 * m * dv * sd * sd,", ","), ("w_tar / d.size", "w_tar"),
+        ("int c = k ? k - 1 : i", "int c = k ? k - 1 : 0"), ("- 2 * m * dsums", "- m * dsums"),
+        ("mean_norm += k ?", "mean_norm +="), ("var_norm > 0 ?", ""), ("* K * C), d", "), d"),
+        ("loss += d * d", "loss = d * d"), ("w_tar * d * scale", "d * scale"),
+        ("(g[i] * g[i] - v", "(g[i] - v"), ("sqrt(v[i] / correct2)", "sqrt(v[i])"),
         ("v[i] = momentum * v[i] + d", "v[i] = v[i] + d")))]
 
 @pytest.mark.parametrize("i", range(len(MUTANTS) + len(FAST_MUTANTS)))
@@ -1781,6 +1786,7 @@ def kernel_cases(S):
     gamma[:3] = -1.5, 0, 0.5
     a[..., 3], mean[3], var[3] = 0.7, 0.7, 0  # a dead channel
     pi = (0.18, 0.03, 0.003)
+    still = np.full((4, 2, 2, 2), 0.5), np.ones(2), np.full(2, 0.5), np.zeros(2)
     for w_bn, w_tar in ((1.0, 100.0), (0.7, 0.0), (0.0, 30.0)):
         def plain(a, gamma, mean, var, w_bn=w_bn, w_tar=w_tar):
             bn, bn_back = S.bn_matching(a, mean, var)
@@ -1790,17 +1796,18 @@ def kernel_cases(S):
             losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, S.Tail())
             return [*losses, back()]
         yield f"tap {w_bn} {w_tar}", plain, ours, (a, gamma, mean, var)
-    def momentum(nesterov, p, g, fast):
+    yield "tap at rest", functools.partial(plain, w_bn=1), functools.partial(ours, w_bn=1), still
+    def updates(optimiser, settings, p, g, fast):
         params, state = {"p": p.copy()}, {}
         with contextlib.ExitStack() as undo:
             undo.callback(setattr, S, "fast", S.fast)
             S.fast = lambda x: fast
             for _ in range(2):
-                S.sgd(params, {"p": g}, state, 0.3, 0.8, nesterov, 0.1)
-        return [params["p"], state["p"]]
-    for nesterov in (False, True):
-        yield (f"sgd {nesterov}", functools.partial(momentum, nesterov, fast=False),
-               functools.partial(momentum, nesterov, fast=True), normal(0, (3, 4), (3, 4)))
+                optimiser(params, {"p": g}, state, 0.3, *settings)
+        return [params["p"], *map(S.xp.asarray, state.values())]
+    for optimiser, *settings in ((S.sgd, 0.8, False, 0.1), (S.sgd, 0.8, True, 0.1), (S.adam,)):
+        both = (functools.partial(updates, optimiser, settings, fast=f) for f in (False, True))
+        yield f"{optimiser.__name__} {settings}", *both, normal(0, (3, 4), (3, 4))
 
 @checks()
 def kernels_are_their_operators(S):
