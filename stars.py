@@ -203,7 +203,9 @@ def max_pool(x):
 
 def upsample(x):
     """Nearest-neighbour upsampling by 2.   x (N, H, W, C) -> y (N, 2H, 2W, C)."""
-    return x.repeat(2, 1).repeat(2, 2), lambda dy: sum(_quarters(dy))
+    N, H, W, C = x.shape
+    y = xp.broadcast_to(x[:, :, None, :, None], (N, H, 2, W, 2, C)).reshape(N, 2 * H, 2 * W, C)
+    return y, lambda dy: sum(_quarters(dy))
 
 def shortcut_a(x, channels):
     """Parameter-free shortcut: every second pixel, zero channels on both sides (He et al. 2016, A).
@@ -367,8 +369,9 @@ def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=
     a, conv_back = conv2d(x, w, stride, run.need if first else inner)
     (z, running, tapped), norm_back = norm_activation(
         a, *(p[f"{norm}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")),
-        activation, run.T, p.get(norm + ".v_th", 1.0), p.get(norm + ".amplitude", 1.0), first,
-        shortcut, run.train, run.tap and (lambda a: run.tap(norm, a)), inner)
+        activation, 1 if activation is identity else run.T, p.get(norm + ".v_th", 1.0),
+        p.get(norm + ".amplitude", 1.0), first, shortcut, run.train,
+        run.tap and (lambda a: run.tap(norm, a)), inner)
     if run.train:
         out.running[norm + ".running_mean"], out.running[norm + ".running_var"] = running
     if run.tap:
@@ -529,9 +532,10 @@ def bn_matching(a, mean, var):
 def class_prior(t, labels=None):
     """mean_b CE(t, y), y constant: labels (B,) or argmax t.   t (B, K).   back: dloss -> dt."""
     log_p, log_back = log_softmax(t)
+    require(labels is None or np.isin(to_host(labels), range(t.shape[1])).sum() == len(t),
+            f"labels must be {len(t)} in 0 .. {t.shape[1] - 1}")
     y = t.argmax(1) if labels is None else xp.asarray(labels)
     one_hot = (xp.arange(t.shape[1]) == y[:, None]).astype(t.dtype)
-    require(labels is None or one_hot.sum() == len(t), f"labels must be in 0 .. {t.shape[1] - 1}")
     def back(dloss=1.0):
         return log_back(-one_hot * (dloss / len(t)))
     return -(one_hot * log_p).sum() / len(t), back  # Eq. (4)
@@ -632,7 +636,8 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
             "weights.adv and weights.rca must be 0 where student is None")
     p, layers = teacher.params, batch_norms(teacher.params)
     classes = len(p["linear.bias" if "linear.bias" in p else "classifier.bias"])
-    targets = dict(zip(layers, tail.targets(len(layers), classes)))
+    targets = xp.asarray(tail.targets(len(layers), classes), np.float64 if xp is np else x.dtype)
+    targets = dict(zip(layers, targets))
     channels = sum(p[layer + ".weight"].size for layer in layers)
     parts = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0)
     def tap(layer, a):
@@ -707,13 +712,13 @@ def sgd(params, grads, state, lr, momentum=0.9, nesterov=False, weight_decay=0.0
 def adam(params, grads, state, lr, betas=(0.9, 0.999), eps=1e-8):
     """p -= lr m / (sqrt v + eps); m, v: bias-corrected means of g and g^2 (Kingma & Ba 2015)."""
     step = state["step"] = state.get("step", 0) + 1
-    correct = [1 - beta ** step for beta in betas]
+    rates, correct = [1 - beta for beta in betas], [1 - beta ** step for beta in betas]
     for name, g in grads.items():
         moments = "m." + name, "v." + name
-        if gpu_update("adam", params[name], g, state, moments, lr, *betas, eps, *correct):
+        if gpu_update("adam", params[name], g, state, moments, lr, eps, *rates, *correct):
             continue
         m, v = (state.get(k, 0) for k in moments)
-        m, v = m + (1 - betas[0]) * (g - m), v + (1 - betas[1]) * (g * g - v)
+        m, v = m + rates[0] * (g - m), v + rates[1] * (g * g - v)
         state |= zip(moments, (m, v))
         params[name] -= lr * (m / correct[0]) / (xp.sqrt(v / correct[1]) + eps)
 
@@ -1045,7 +1050,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 4  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 5  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1671,7 +1676,7 @@ def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
         dx = xp.empty((N, H, W, C), dy.dtype)
         dw = parallel(lambda i, j: backward(kept[i:j], dy[i:j], dx[i:j]), N, chunk)
         return (dx if "x" in need else None,
-                xp.ascontiguousarray(gather(sum(dw))) if "p" in need else None)
+                xp.ascontiguousarray(gather(sum(dw[1:], dw[0]))) if "p" in need else None)
     return y, back
 
 def _im2col(w, stride, need, sizes):
@@ -2059,10 +2064,10 @@ KERNELS = {  # name: (arguments, body)
         real d = g[i] + weight_decay * p[i];
         v[i] = momentum * v[i] + d;
         p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);"""),
-    "adam": ("in g, out m, out v, out p, real lr, real beta, real beta2, real eps, real correct, "
+    "adam": ("in g, out m, out v, out p, real lr, real eps, real rate, real rate2, real correct, "
              "real correct2", """
-        m[i] += (1 - beta) * (g[i] - m[i]);
-        v[i] += (1 - beta2) * (g[i] * g[i] - v[i]);
+        m[i] += rate * (g[i] - m[i]);
+        v[i] += rate2 * (g[i] * g[i] - v[i]);
         p[i] -= lr * (m[i] / correct) / (sqrt(v[i] / correct2) + eps);""")}
 CUDA_SURROGATES = dict(sigmoid="1 - tanh(2 * x) * tanh(2 * x)",
                        triangle="x * x < 1 ? 1 - fabs(x) : 0",
@@ -2094,16 +2099,17 @@ def gpu_sums(d, x, gamma, mean, var, *terms):
     return parts.sum(2).sum(1)
 
 def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
-    """fast_tap in three kernels; the second has the losses and their gradient on the sums."""
+    """fast_tap; one kernel has the losses and their gradient on the sums."""
     C, K = a.shape[-1], len(levels)
     sums = gpu_sums(a, a, gamma, mean, var, "y", "y * y", *(
         f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
-    losses, dsums, da = xp.empty(2, a.dtype), xp.empty(sums.shape, a.dtype), xp.empty_like(a)
+    losses, dsums = xp.empty(2, a.dtype), xp.empty(sums.shape, a.dtype)
     launch("tap", C, sums, var, xp.asarray(pi, a.dtype), losses, dsums, float(a.size // C),
            float(w_bn), float(w_tar), C=C, K=K)
     def back():
+        da = xp.empty(a.shape, a.dtype)
         launch("tap_back", a.size, a, gamma, mean, var, dsums, da, C=C, K=K, WIDTH=width,
-               LEVELS=str([*levels, 0])[1:-1])
+               LEVELS=", ".join(map(str, [*levels, 0])))
         return da
     return (losses[0] if w_bn else 0.0, losses[1]), back
 
@@ -2117,7 +2123,7 @@ def gpu_update(kernel, p, g, state, names, *numbers):
 
 def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
                         train, tap, need, momentum):
-    """fast_norm_activation in four kernels, its adjoint in four. Keeps a and the shortcut."""
+    """fast_norm_activation, in few kernels. Keeps a and the shortcut."""
     a, C, count, running = xp.ascontiguousarray(a), a.shape[-1], a.size // a.shape[-1], (mean, var)
     tapped, tap_back = tap(a) if tap else (None, None)
     if train:
