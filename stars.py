@@ -1428,6 +1428,7 @@ def load_net(c, path):
             constants.append((r, g, b))
         T, neuron = info.get("T", 1), Neuron(**info.get("neuron", {}))
         require(T in range(1, 1001) and np.isfinite(neuron.lam + neuron.v_init), f"{neuron}, T {T}")
+        require(all(v > 0 for k, v in params.items() if k.endswith(".v_th")), "a v_th is not positive")
         return Net(params, neuron if "neuron" in info else relu, int(T), *constants), info
 
 def save_net(path, net, c, command, arch, classes, **info):

@@ -2842,6 +2842,7 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--batch", "1"], "--batch"),
     (["teacher", "--resume", "full"], "full"),
     (["eval", "teacher.npz", "--T", "2"], "--T"),
+    (["eval", "negative.npz"], "a v_th is not positive"),
     (["--teacher", "large.npz"], "size 64, not 32"),
     (["--device", "gpu"], "no usable GPU"),
     (["eval", "teacher.npz"], "cifar10 is not in data"),
@@ -2852,6 +2853,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     monkeypatch.setitem(sys.modules, "cupy", None)
     params, info = stars.load_weights("teacher.npz")
     stars.save_weights("spiking.npz", params, info | dict(neuron=dict(lam=0.5), T=2))
+    stars.save_weights("negative.npz", params | {"bn1.v_th": -1.0}, info | dict(neuron={}))
     stars.save_weights("large.npz", params, info | dict(size=64))
     np.savez("headless.npz", **{"classifier.6.weight": np.ones((2, 2))})
     params["conv9.weight"] = params.pop("conv1.weight")
