@@ -636,8 +636,8 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
             "weights.adv and weights.rca must be 0 where student is None")
     p, layers = teacher.params, batch_norms(teacher.params)
     classes = len(p["linear.bias" if "linear.bias" in p else "classifier.bias"])
-    targets = xp.asarray(tail.targets(len(layers), classes), np.float64 if xp is np else x.dtype)
-    targets = dict(zip(layers, targets))
+    pi = xp.asarray(tail.targets(len(layers), classes), np.float64 if xp is np else x.dtype)
+    targets = dict(zip(layers, pi))  # all layers in one copy to a GPU
     channels = sum(p[layer + ".weight"].size for layer in layers)
     parts = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0)
     def tap(layer, a):
@@ -1428,7 +1428,7 @@ def load_net(c, path):
             constants.append((r, g, b))
         T, neuron = info.get("T", 1), Neuron(**info.get("neuron", {}))
         require(T in range(1, 1001) and np.isfinite(neuron.lam + neuron.v_init), f"{neuron}, T {T}")
-        require(all(v > 0 for k, v in params.items() if k.endswith(".v_th")), "a v_th is not positive")
+        require(all(v > 0 for k, v in params.items() if ".v_th" in k), "a v_th is not positive")
         return Net(params, neuron if "neuron" in info else relu, int(T), *constants), info
 
 def save_net(path, net, c, command, arch, classes, **info):

@@ -1806,8 +1806,8 @@ def kernel_cases(S):
                 optimiser(params, {"p": g}, state, 0.3, *settings)
         return [params["p"], *map(S.xp.asarray, state.values())]
     for optimiser, *settings in ((S.sgd, 0.8, False, 0.1), (S.sgd, 0.8, True, 0.1), (S.adam,)):
-        both = (functools.partial(updates, optimiser, settings, fast=f) for f in (False, True))
-        yield f"{optimiser.__name__} {settings}", *both, normal(0, (3, 4), (3, 4))
+        ways = (functools.partial(updates, optimiser, settings, fast=f) for f in (False, True))
+        yield f"{optimiser.__name__} {settings}", *ways, normal(0, (3, 4), (3, 4))
 
 @checks()
 def kernels_are_their_operators(S):
