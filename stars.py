@@ -22,8 +22,8 @@ PyTorch state_dict. T time steps are folded into the batch: (T, N, ...) -> (T*N,
 `value, back = operator(...)`: back takes the gradient of the value and returns the gradients of the
 arguments, in their order (of a network: x, then {name: gradient}); it changes nothing and is called
 once. `need` says which are wanted, "x" for the input and "p" for the parameters; the others are
-None and cost nothing. A tap is a loss on the input of a batch norm: x -> (loss, back). Parameters
-and images have one dtype. Most shapes are left to NumPy to check; ValueError names an argument.
+None and cost nothing. A tap sees the input of a batch norm and may return () -> a gradient to add.
+Parameters and images have one dtype. NumPy checks most shapes; ValueError names an argument.
 """
 import dataclasses, functools, os, re, sys
 from types import SimpleNamespace
@@ -118,18 +118,15 @@ def channel_mean(x):
     """Mean over all axes but the last, in two stages for the sake of float32.   x (N, .., C)."""
     return x.reshape(len(x), -1, x.shape[-1]).mean(1).mean(0)
 
-def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", momentum=.1, eps=1e-5):
+def batch_norm(x, gamma, beta, mean, var, train=False, need="xp", momentum=.1, eps=1e-5):
     """y = gamma (x - m) / sqrt(v + eps) + beta, over all axes but the last.   Ioffe & Szegedy 2015
     x (..., C); gamma, beta, mean, var (C,). m, v: mean, var (eval) or those of x (train, v biased).
-    tap: x -> (loss, back), a loss on the input of the layer; its back() is added to dx.
-    Value: (y, running, tapped). running: (mean, var), in train mode updated as PyTorch does, with
-    the unbiased variance (returned, not written). tapped: the loss of the tap, or None.
-    back: dy -> dx, dgamma, dbeta. Keeps the normalised x."""
+    Value: (y, running). running: (mean, var), in train mode updated as PyTorch does, with unbiased
+    variance (returned, not written).   back: dy -> dx, dgamma, dbeta. Keeps the normalised x."""
     for name, vector in (("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var)):
         expect(name, vector, x.shape[-1])
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
     require(count > 1 or not train, "x must have more than one value a channel in train mode")
-    tapped, tap_back = tap(x) if tap else (None, None)
     m, v, running = mean, var, (mean, var)
     if train:
         m = channel_mean(x)
@@ -144,10 +141,8 @@ def batch_norm(x, gamma, beta, mean, var, train=False, tap=None, need="xp", mome
         if "x" in need:
             dx = dy - (dbeta + normal * dgamma) / count if train else dy
             dx = dx * (gamma * scale)
-            if tap:
-                dx = dx + tap_back()
         return (dx, dgamma, dbeta) if "p" in need else (dx, None, None)
-    return (normal * gamma + beta, running, tapped), back
+    return (normal * gamma + beta, running), back
 
 def identity(x):
     """y = x.   back: dy -> dx."""
@@ -163,12 +158,9 @@ def leaky_relu(x, slope=0.2):
     mask = x > 0
     return xp.where(mask, x, slope * x), lambda dy: xp.where(mask, dy, slope * dy)
 
-def _logistic(x):
-    return 0.5 * xp.tanh(0.5 * x) + 0.5  # 1 / (1 + exp(-x)) that cannot overflow
-
 def sigmoid(x):
     """y = 1 / (1 + exp(-x)).   back: dy -> dx. Keeps y."""
-    y = _logistic(x)
+    y = 0.5 * xp.tanh(0.5 * x) + 0.5  # which cannot overflow
     return y, lambda dy: dy * y * (1 - y)
 
 def linear(x, w, b, need="xp"):
@@ -268,7 +260,7 @@ def augment(x, offsets, flips, pad=4):
 # ---- 3  Spiking neuron ---------------------------------------------------------------------------
 
 SURROGATES = {  # name: (primitive G, derivative g' = dG/dx) of x = (u - V)/V, Eq. (2)
-    "sigmoid": (lambda x: _logistic(4 * x), lambda x: 1 - xp.tanh(2 * x) ** 2),
+    "sigmoid": (lambda x: sigmoid(4 * x)[0], lambda x: 1 - xp.tanh(2 * x) ** 2),
     "atan": (lambda x: xp.arctan(np.pi * x) / np.pi + .5, lambda x: 1 / (1 + (np.pi * x) ** 2)),
     "triangle": (lambda x: .5 + xp.clip(x, -1, 1) * (1 - abs(xp.clip(x, -1, 1)) / 2),
                  lambda x: xp.maximum(0, 1 - abs(x)))}
@@ -334,18 +326,18 @@ class Output(NamedTuple):
     logits: Any      # (N, K), averaged over time
     features: Any    # (N, D), the pooled input of the last linear layer, averaged over time
     running: dict    # train: the next running statistics, by parameter name
-    tapped: dict     # layer -> the loss of the tap on its input
     rates: dict      # measure: layer -> share of neurons and steps that spike
     costs: list      # measure: (layer, MACs an image, accumulates an image and step or None)
 
 def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, amplitude=1.0,
-                    first=False, shortcut=None, train=False, tap=None, need="xp"):
+                    first=False, shortcut=None, train=False, need="p"):
     """z = activation(batch_norm(a) + shortcut).   first: a is (N, ...) and drives all T steps.
-    Value: (z, running, tapped) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut."""
+    Value: (z, running) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut."""
     if fast(a) and fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
-        return fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude,
-                                    first, shortcut, train, tap, need)
-    (y, running, tapped), norm_back = batch_norm(a, gamma, beta, mean, var, train, tap, need)
+        path = fast_norm_activation if xp is np else gpu_norm_activation
+        return path(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
+                    train, need)
+    (y, running), norm_back = batch_norm(a, gamma, beta, mean, var, train, "x" + need)
     y, time_back = repeat_over_time(y, T) if first and T > 1 else identity(y)
     y = y if shortcut is None else y + shortcut
     z, activation_back = (lif(y, T, v_th, amplitude, activation) if isinstance(activation, Neuron)
@@ -353,7 +345,7 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
     def back(dz):
         dy = activation_back(dz)
         return (*norm_back(time_back(dy)), dy if shortcut is not None else None)
-    return (z, running, tapped), back
+    return (z, running), back
 
 def batch_norms(params):
     """The names of the batch norms with running statistics, from the input to the output."""
@@ -362,32 +354,31 @@ def batch_norms(params):
     return sorted((k[:-13] for k in params if k.endswith(".running_mean")), key=depth)
 
 def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=None):
-    """activation(batch_norm(conv2d(x)) + shortcut), by names.   back: dz -> dx, dshortcut."""
-    p, out, activation = run.params, run.out, activation or run.activation
-    inner = run.need and "x" + run.need  # the gradient passes through every layer but the first
-    w = p[conv + ".weight"]
-    a, conv_back = conv2d(x, w, stride, run.need if first else inner)
-    (z, running, tapped), norm_back = norm_activation(
+    """activation(batch_norm(conv2d(x)) + shortcut), by names.   back: dz -> dx (, dshortcut)."""
+    p, activation = run.params, activation or run.activation
+    w, need = p[conv + ".weight"], run.need if first or not run.need else "x" + run.need
+    a, conv_back = conv2d(x, w, stride, need)  # the gradient passes through all but the first
+    tap_back = run.tap and run.tap(norm, a)
+    (z, running), norm_back = norm_activation(
         a, *(p[f"{norm}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")),
         activation, 1 if activation is identity else run.T, p.get(norm + ".v_th", 1.0),
-        p.get(norm + ".amplitude", 1.0), first, shortcut, run.train,
-        run.tap and (lambda a: run.tap(norm, a)), inner)
+        p.get(norm + ".amplitude", 1.0), first, shortcut, run.train, run.need)
     if run.train:
-        out.running[norm + ".running_mean"], out.running[norm + ".running_var"] = running
-    if run.tap:
-        out.tapped[norm] = tapped
+        run.running[norm + ".running_mean"], run.running[norm + ".running_var"] = running
     watched = run.watch and activation is run.activation and run.watch(norm, z)
     if run.measure:
         macs, spikes = a[0, ..., 0].size * w.size, isinstance(run.activation, Neuron) and not first
-        out.costs.append((conv, macs, macs * float((x != 0).mean()) if spikes else None))
+        run.costs.append((conv, macs, macs * float((x != 0).mean()) if spikes else None))
         if isinstance(activation, Neuron):
-            out.rates[norm] = float((z != 0).mean())
+            run.rates[norm] = float((z != 0).mean())
     def back(dz):
         da, dgamma, dbeta, dshortcut = norm_back(watched(dz) if watched else dz)
+        if tap_back:
+            accumulate(da, tap_back())
         dx, dw = conv_back(da)
         if "p" in run.need:
             run.grads |= {conv + ".weight": dw, norm + ".weight": dgamma, norm + ".bias": dbeta}
-        return dx, dshortcut
+        return dx if dshortcut is None else (dx, dshortcut)
     return z, back
 
 def _residual_block(run, name, x, stride):
@@ -395,75 +386,72 @@ def _residual_block(run, name, x, stride):
     channels = run.params[name + ".conv2.weight"].shape[0]
     z, back1 = _layer(run, name + ".conv1", name + ".bn1", x, stride)
     if name + ".shortcut.0.weight" in run.params:
-        kept, projection_back = _layer(run, name + ".shortcut.0", name + ".shortcut.1", x, stride,
-                                       activation=identity)
-        shortcut_back = lambda dy: projection_back(dy)[0]
+        kept, shortcut_back = _layer(run, name + ".shortcut.0", name + ".shortcut.1", x, stride,
+                                     activation=identity)
     else:
         same = stride == 1 and x.shape[3] == channels
         kept, shortcut_back = identity(x) if same else shortcut_a(x, channels)
         if run.measure:  # no multiplication, and one accumulate for each spike that is added
-            run.out.costs.append((name + ".shortcut", 0, float((kept != 0).sum()) / len(kept)))
+            run.costs.append((name + ".shortcut", 0, float((kept != 0).sum()) / len(kept)))
     y, back2 = _layer(run, name + ".conv2", name + ".bn2", z, 1, shortcut=kept)
     def back(dy):
         dz, dkept = back2(dy)
-        dx, _ = back1(dz)
+        dx = back1(dz)
         accumulate(dx, shortcut_back(dkept))
         return dx
     return y, back
 
 def _network(body, last, params, x, activation, T, train=False, tap=None, watch=None, need="xp",
              measure=False):
-    """What resnet and vgg share: body(run, backs) makes the last maps; here they are classified."""
-    run = SimpleNamespace(params=params, activation=activation, T=T, train=train, tap=tap, grads={},
-                          watch=watch, need=need, measure=measure,
-                          out=Output(None, None, {}, {}, {}, []))
+    """What resnet and vgg share: body(run, add) makes the last maps; here they are classified."""
+    run = SimpleNamespace(params=params, activation=activation, T=T, train=train, measure=measure,
+                          tap=tap, watch=watch, need=need, grads={}, running={}, rates={}, costs=[])
     expect("x", x, None, None, None, 3)
     backs = [] if need else collections.deque(maxlen=0)  # which keeps none
-    pooled, pool_back = global_average_pool(body(run, backs))
-    features, time_back = mean_over_time(pooled, T)
+    def add(z, back):
+        backs.append(back)
+        return z
+    pooled = add(*global_average_pool(body(run, add)))
+    features = add(*mean_over_time(pooled, T))
     w, b = params[last + ".weight"], params[last + ".bias"]
     logits, linear_back = linear(features, w, b, need and "x" + need)
     if measure:
-        run.out.costs.append((last, w.size, None))  # its input is an average
+        run.costs.append((last, w.size, None))  # its input is an average
     def back(dlogits, dfeatures=None):
         dx, dw, db = linear_back(dlogits)
         if "p" in need:
             run.grads |= {last + ".weight": dw, last + ".bias": db}
-        dx = pool_back(time_back(dx if dfeatures is None else dx + dfeatures))
+        dx = dx if dfeatures is None else dx + dfeatures
         while backs:  # what a layer kept is freed as soon as its gradient is known
             dx = backs.pop()(dx)
         return dx, run.grads
-    return run.out._replace(logits=logits, features=features), back
+    return Output(logits, features, run.running, run.rates, run.costs), back
 
 def resnet(params, x, activation=relu, T=1, **mode):
     """A ResNet of basic blocks (He et al. 2016), its shape read off the names in params.
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
-    a loss on the input a of a batch norm, see there; watch(layer, z), called with the output z
-    of each activation: None, or dz -> dz, to add a gradient; measure, to fill rates and costs.
+    called with the input a of each batch norm: None, or () -> da, to add; watch(layer, z), with
+    the output z of each activation: None, or dz -> dz, to add; measure, to fill rates and costs.
     Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}."""
-    def body(run, backs):
-        z, back = _layer(run, "conv1", "bn1", x, first=True)
-        backs.append(lambda dz: back(dz)[0])
+    def body(run, add):
+        z = add(*_layer(run, "conv1", "bn1", x, first=True))
         for block in dict.fromkeys(".".join(k.split(".")[:2]) for k in batch_norms(params)[1:]):
             stride = 2 if block.endswith(".0") and block != "layer1.0" else 1
-            z, back_block = _residual_block(run, block, z, stride)
-            backs.append(back_block)
+            z = add(*_residual_block(run, block, z, stride))
         return z
     return _network(body, "linear", params, x, activation, T, **mode)
 
 def vgg(params, x, activation=relu, T=1, **mode):
     """A VGG as torchvision numbers it: conv features.N, norm N+1, activation N+2, perhaps pool N+3;
     H and W multiples of 32, the rest as resnet."""
-    def body(run, backs):
+    def body(run, add):
         convs = sorted(int(k[9:-7]) for k, w in params.items() if np.ndim(w) == 4)
         z = x
         for n, following in zip(convs, convs[1:] + [0]):
-            z, back = _layer(run, f"features.{n}", f"features.{n + 1}", z, first=n == 0)
-            backs.append(lambda dz, back=back: back(dz)[0])
+            z = add(*_layer(run, f"features.{n}", f"features.{n + 1}", z, first=n == 0))
             if following != n + 3:
-                z, back = max_pool(z)
-                backs.append(back)
+                z = add(*max_pool(z))
         return z
     return _network(body, "classifier", params, x, activation, T, **mode)
 
@@ -484,12 +472,6 @@ def generator(params, z, need="p", activation=leaky_relu):
             return dx
         backs.append(through)
         return value
-    def conv_norm(y, i, activation):
-        y = add(*conv2d(y, p[f"conv{i}.weight"], 1, "x" + need), f"conv{i}.weight") if i else y
-        gamma, beta = p[f"bn{i}.weight"], p[f"bn{i}.bias"]
-        (y, _, _), back = norm_activation(y, gamma, beta, 0 * beta, 1 + 0 * beta, activation,
-                                          train=True, need="x" + need)
-        return add(y, back, f"bn{i}.weight", f"bn{i}.bias")
     def add_bias(x, b):  # the last convolution has no batch norm after it
         return x + b, lambda dy: (dy, dy.sum((0, 1, 2)) if "p" in need else None)
     y = add(*linear(z, p["fc.weight"], p["fc.bias"], need), "fc.weight", "fc.bias")
@@ -497,9 +479,14 @@ def generator(params, z, need="p", activation=leaky_relu):
     shape = len(z), channels, *[round((y.shape[1] / channels) ** 0.5)] * 2
     y = add(y.reshape(shape).transpose(0, 2, 3, 1),
             lambda dy: dy.transpose(0, 3, 1, 2).reshape(len(z), -1))
-    y = conv_norm(y, 0, identity)
-    y = conv_norm(add(*upsample(y)), 1, activation)
-    y = conv_norm(add(*upsample(y)), 2, activation)
+    for i in range(3):
+        if i:
+            y = add(*conv2d(add(*upsample(y)), p[f"conv{i}.weight"], 1, "x" + need),
+                    f"conv{i}.weight")
+        gamma, beta = p[f"bn{i}.weight"], p[f"bn{i}.bias"]
+        (y, _), back = norm_activation(y, gamma, beta, 0 * beta, 1 + 0 * beta,
+                                       activation if i else identity, train=True, need=need)
+        y = add(y, back, f"bn{i}.weight", f"bn{i}.bias")
     y = add(*conv2d(y, p["conv3.weight"], 1, "x" + need), "conv3.weight")
     images = add(*sigmoid(add(*add_bias(y, p["conv3.bias"]), "conv3.bias")))
     def back(dy):
@@ -604,7 +591,7 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, eps=1e-5):
     h = (a - mean) * slope
     loss, terms = 0.0, []
     for k, target in zip(kappa, map(float, pi)):
-        soft = _logistic((h - k) / tau)
+        soft = sigmoid((h - k) / tau)[0]
         d = channel_mean(soft) - target
         scale = 1 / (target * (1 - target) * d.size * len(kappa))
         loss = loss + (d ** 2).sum() * scale  # Eq. (8)
@@ -647,13 +634,12 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
             losses, back = fast_tap(a, gamma, mean, var, targets[layer], weights.bn,
                                     weights.tar * share, tail)
         else:
-            bn, bn_back = bn_matching(a, mean, var) if weights.bn else (0.0, lambda dloss: 0.0)
-            exceed, tar_back = (tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau)
-                                if weights.tar else (0.0, lambda dloss: 0.0))
-            losses = bn, exceed
+            bn, bn_back = bn_matching(a, mean, var)
+            exceed, tar_back = tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau)
+            losses = bn if weights.bn else 0.0, exceed if weights.tar else 0.0
             back = lambda: bn_back(weights.bn) + tar_back(weights.tar * share)
         parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
-        return None, back
+        return back
     normal, normal_back = normalise(x, teacher.mean, teacher.std)
     t, t_back = forward(teacher, normal, tap=tap if weights.bn or weights.tar else None, need="x")
     dt, dt_features, dx = xp.zeros_like(t.logits), None, 0
@@ -1075,7 +1061,8 @@ class Config:
     threads: int = flag(0, "worker threads on the CPU; default one for each core")
     teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
     arch: str = flag("", "of the ANN", choices=("", *ARCHITECTURES))
-    student_arch: str = flag("", "of the SNN; default as --arch", "db", ("", *ARCHITECTURES))
+    student_arch: str = flag("", "of the SNN; default as the teacher", "db", ("", *ARCHITECTURES))
+    width: int = flag(0, "of the trained network's first stage; default by architecture", "dt")
     mean: str = flag("", "of the images, as .49,.48,.45, where the file has none", "de")
     std: str = flag("", "likewise", "de")
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb", most=1000)
@@ -1142,8 +1129,7 @@ def train_step(net, state, x, criterion, lr, weight_decay, watch=None):
     net.params.update(out.running)
     return losses
 
-def distillation_step(student, state, x, teacher, tau, lr, weight_decay=5e-4, w_rca=0.0, w_rate=0.0,
-                      thresholds={}):
+def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, w_rate, thresholds):
     """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds: V of each
     layer for Eq. (12), which is over those that both networks have.   -> the losses of (10)"""
     outputs, rates = {}, []
@@ -1236,7 +1222,6 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
     ripe = c.warm_up // 2 * batches * (c.synthesis == "generator")  # what came before is not used
-    need = c.epochs * batches * c.batch * size * size * 3
     def pool(epochs):
         with reading(path, "start a new run"):
             return np.memmap(path, np.uint8, "r", shape=(epochs * batches, c.batch, size, size, 3))
@@ -1247,7 +1232,7 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
         warm = epoch < c.warm_up
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:  # what an unfinished epoch added goes
-            file.truncate(min(file.tell(), epoch * need // c.epochs))
+            file.truncate(min(file.tell(), epoch * batches * c.batch * size * size * 3))
             for x, parts in synthesise(c, params, moments, rng, nets, weights, size, real):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 yield "warm-up" if warm else "synthesis", parts
@@ -1506,7 +1491,9 @@ def run_distil(c):
     size = known.size if known else 64 if info.get("size") == 64 else 32
     real = data_of(c, "train", classes)[0] if c.method == "real" else ()
     demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
-    shapes, device = weight_shapes(arch, classes), "cpu" if xp is np else "gpu"
+    shapes, device = {k: v.shape for k, v in teacher.params.items()}, "cpu" if xp is np else "gpu"
+    if c.student_arch or c.width:
+        shapes = weight_shapes(arch, classes, c.width)
     draft = Net(init_weights(shapes, np.random.default_rng(0)), Neuron(), c.T)
     t, s, g = macs(teacher, size), macs(draft, size), 21 * (c.generator_width * size) ** 2
     cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g, "distillation": t + 3 * s}
@@ -1535,7 +1522,8 @@ def run_teacher(c):
     arch, epochs = ("resnet8", 8) if c.dataset == "shapes" else ("resnet20", 40)
     c = dataclasses.replace(c, arch=c.arch or arch, epochs=c.epochs or epochs, lr=c.lr or 0.1,
                             batch=min(c.batch or 128, len(x)))
-    params = init_weights(weight_shapes(c.arch, known.classes), np.random.default_rng(c.seed))
+    shapes = weight_shapes(c.arch, known.classes, c.width)
+    params = init_weights(shapes, np.random.default_rng(c.seed))
     net, name = Net(params, relu, 1, known.mean, known.std), f"{stem}-{c.arch}-teacher"
     with run_folder(c, "teacher", name) as folder:
         tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
@@ -1646,9 +1634,7 @@ def parallel(function, n, chunk):
 
 def accumulate(x, more):
     """x += more"""
-    def part(i, j):
-        x[i:j] += more[i:j]
-    parallel(part, len(x), images_a_chunk(x, None))
+    parallel(lambda i, j: xp.add(x[i:j], more[i:j], out=x[i:j]), len(x), images_a_chunk(x, None))
 
 def keep_pages():
     """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""
@@ -1816,14 +1802,10 @@ def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
     return fits and activation in FAST_SLOPES and T == 1
 
 def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
-                         train, tap, need="xp", chunk=None, momentum=.1, eps=1e-5):
+                         train, need="p", chunk=None, momentum=.1, eps=1e-5):
     """norm_activation of section 4 without a pass over memory for each of its operators.
     Keeps a and z; membranes are computed again."""
-    if xp is not np:
-        return gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first,
-                                   shortcut, train, tap, need, momentum)
     dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
-    tapped, tap_back = tap(a) if tap else (None, None)
     if train:
         mean, var = moments(a, chunk)
         running = tuple(((1 - momentum) * old + momentum * new).astype(dtype)
@@ -1886,7 +1868,7 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
             return sums
         dbeta, dgamma = sum(parallel(part, v.shape[1], chunk))
         dgamma = (dgamma - mean * dbeta) * inv
-        if train and "x" in need:
+        if train:
             k = gamma * inv / count
             linear, offset = _row(-k * dgamma * inv, v), _row(k * (dgamma * inv * mean - dbeta), v)
             def finish(i, j):
@@ -1894,12 +1876,9 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
                     np.multiply(d, scale, out=out)
                     out += x * linear + offset
             parallel(finish, v.shape[1], chunk)
-        if tap:
-            accumulate(da.reshape(a.shape), tap_back())
         params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
-        return (da.reshape(a.shape) if "x" in need else None, *params,
-                None if kept is None else dv.reshape(shortcut.shape))
-    return (z.reshape(-1, *a.shape[1:]), running, tapped), back
+        return da.reshape(a.shape), *params, None if kept is None else dv.reshape(shortcut.shape)
+    return (z.reshape(-1, *a.shape[1:]), running), back
 
 def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
     """A layer of Eq. (3) and (8), from sums of y, the normalised a, of y^2 and of the tanh of (8).
@@ -1938,9 +1917,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
             np.multiply(y, linear, out=da[i:j])
             da[i:j] += constant
             for t, weight in zip(tanhs, weights):  # (1 - tanh^2) tilt
-                t *= t
-                t *= weight
-                da[i:j] += t
+                da[i:j] += t * t * weight
         parallel(part, len(a), chunk)
         return da.reshape(a.shape)
     return (l_bn, l_tar), back
@@ -2123,10 +2100,9 @@ def gpu_update(kernel, p, g, state, names, *numbers):
     return True
 
 def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
-                        train, tap, need, momentum):
+                        train, need="p", momentum=.1):
     """fast_norm_activation, in few kernels. Keeps a and the shortcut."""
     a, C, count, running = xp.ascontiguousarray(a), a.shape[-1], a.size // a.shape[-1], (mean, var)
-    tapped, tap_back = tap(a) if tap else (None, None)
     if train:
         guess, new = a[0, a.shape[1] // 2, a.shape[2] // 2], xp.empty((4, C), a.dtype)
         launch("moments", C, gpu_sums(a, a, gamma, guess, var, "e", "e * e"), guess, mean, var, new,
@@ -2142,19 +2118,15 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
                  SLOPE=FAST_SLOPES.get(activation, -1.0))
     launch("fire", size, *given, z, *numbers, **sizes)
     def back(dz):
-        dy, da, sums = xp.empty(a.shape, a.dtype), None, (None, None)
+        dy, da, sums = xp.empty(a.shape, a.dtype), xp.empty(a.shape, a.dtype), (None, None)
         launch("fire_back", size, *given, dz, dy, *numbers, **sizes)
         if train or "p" in need:
             sums = gpu_sums(dy, a, gamma, mean, var, "dy", "dy * y")
-        if "x" in need:
-            da = xp.empty(a.shape, a.dtype)
-            launch("norm_back", a.size, dy, a, gamma, mean, var, sums if train else dy, da,
-                   float(count), C=C, TRAIN=int(train))
-            if tap:
-                da += tap_back()
+        launch("norm_back", a.size, dy, a, gamma, mean, var, sums if train else dy, da,
+               float(count), C=C, TRAIN=int(train))
         dbeta, dgamma = sums if "p" in need else (None, None)
         return da, dgamma, dbeta, None if shortcut is None else dy
-    return (z, tuple(running), tapped), back
+    return (z, tuple(running)), back
 
 if __name__ == "__main__":
     with contextlib.suppress(AttributeError):  # ends as others do when nobody reads on
