@@ -25,7 +25,7 @@ once. `need` says which are wanted, "x" for the input and "p" for the parameters
 None and cost nothing. A tap sees the input of a batch norm and may return () -> a gradient to add.
 Parameters and images have one dtype. NumPy checks most shapes; ValueError names an argument.
 """
-import dataclasses, functools, os, re, sys
+import collections, dataclasses, functools, os, re, sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -332,7 +332,7 @@ class Output(NamedTuple):
 def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, amplitude=1.0,
                     first=False, shortcut=None, train=False, need="p"):
     """z = activation(batch_norm(a) + shortcut).   first: a is (N, ...) and drives all T steps.
-    Value: (z, running) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut."""
+    Value: (z, running) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut; da always."""
     if fast(a) and fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
         path = fast_norm_activation if xp is np else gpu_norm_activation
         return path(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
@@ -355,14 +355,14 @@ def batch_norms(params):
 
 def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=None):
     """activation(batch_norm(conv2d(x)) + shortcut), by names.   back: dz -> dx (, dshortcut)."""
-    p, activation = run.params, activation or run.activation
-    w, need = p[conv + ".weight"], run.need if first or not run.need else "x" + run.need
+    p, T, activation = run.params, 1 if activation else run.T, activation or run.activation
+    w, need = p[conv + ".weight"], run.need and run.need + "x" * (not first)
     a, conv_back = conv2d(x, w, stride, need)  # the gradient passes through all but the first
     tap_back = run.tap and run.tap(norm, a)
     (z, running), norm_back = norm_activation(
         a, *(p[f"{norm}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")),
-        activation, 1 if activation is identity else run.T, p.get(norm + ".v_th", 1.0),
-        p.get(norm + ".amplitude", 1.0), first, shortcut, run.train, run.need)
+        activation, T, p.get(norm + ".v_th", 1.0), p.get(norm + ".amplitude", 1.0), first, shortcut,
+        run.train, run.need)
     if run.train:
         run.running[norm + ".running_mean"], run.running[norm + ".running_var"] = running
     watched = run.watch and activation is run.activation and run.watch(norm, z)
@@ -499,6 +499,7 @@ E_MAC, E_AC = 4.6e-12, 0.9e-12  # joules a float32 multiply-add, add: 45 nm (Hor
 
 def energy(costs, T):
     """Joules per image, (spiking, ANN), from Output.costs; updates of the neurons left out."""
+    require(costs, "costs must come from a network that ran with measure=True")
     spiking = sum(E_MAC * macs if accumulates is None else E_AC * accumulates * T
                   for _, macs, accumulates in costs)  # Eq. (11)
     return spiking, E_MAC * sum(macs for _, macs, _ in costs)
@@ -634,9 +635,10 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
             losses, back = fast_tap(a, gamma, mean, var, targets[layer], weights.bn,
                                     weights.tar * share, tail)
         else:
-            bn, bn_back = bn_matching(a, mean, var)
-            exceed, tar_back = tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau)
-            losses = bn if weights.bn else 0.0, exceed if weights.tar else 0.0
+            bn, bn_back = bn_matching(a, mean, var) if weights.bn else (0.0, lambda dloss: 0.0)
+            exceed, tar_back = (tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau)
+                                if weights.tar else (0.0, lambda dloss: 0.0))
+            losses = bn, exceed
             back = lambda: bn_back(weights.bn) + tar_back(weights.tar * share)
         parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
         return back
@@ -717,7 +719,7 @@ def cosine(step, steps, lr, warm_up=0):
 
 # ---- 7  Data -------------------------------------------------------------------------------------
 
-import argparse, collections, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
+import argparse, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
 import shlex, signal, tarfile, time, timeit, urllib.request, zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -975,7 +977,8 @@ def read_npz(path, names=None, limit=2**29):
 def load_weights(path, arch=None, classes=None):
     """Reads a network: params (our name -> float32 array) and info (arch, classes, ...).
     path: .npz, ours or of a public checkpoint, or .safetensors; up to 512 MiB, 4 times in memory.
-    UserError: not readable, not finite, no arch or another than given. Then call check_weights."""
+    UserError: not readable, not finite, no arch or another than given. Names and shapes are
+    for check_weights, moving the arrays to a GPU is for the caller; the commands use load_net."""
     with reading(path, "take another file (for PyTorch checkpoints see the README)"):
         require(os.path.getsize(path) <= 2**29, "it has more than 512 MiB")
         if os.fspath(path).endswith(".safetensors"):
@@ -1036,7 +1039,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 5  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 6  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1062,19 +1065,19 @@ class Config:
     teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
     arch: str = flag("", "of the ANN", choices=("", *ARCHITECTURES))
     student_arch: str = flag("", "of the SNN; default as the teacher", "db", ("", *ARCHITECTURES))
-    width: int = flag(0, "of the trained network's first stage; default by architecture", "dt")
+    width: int = flag(0, "of its first stage; default as the teacher, or by architecture", "dt")
     mean: str = flag("", "of the images, as .49,.48,.45, where the file has none", "de")
     std: str = flag("", "likewise", "de")
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb", most=1000)
-    batch: int = flag(0, "images a step; default by schedule")
-    epochs: int = flag(0, "default by schedule", "dt")
+    batch: int = flag(0, "images a step; default by command and schedule")
+    epochs: int = flag(0, "default by command and schedule", "dt")
     schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d", ("auto", *SCHEDULES))
     synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
     warm_up: int = flag(0, "first epochs, for the generator alone; default by schedule", "d")
     method: str = flag("stars", "real: the training set; all: a table", "d", (*METHODS, "all"))
     synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
-    init: str = flag("teacher", "where the student starts", "d", ("teacher", "random"))
+    init: str = flag("", "default teacher, or random if the student differs", "d", ("", *STARTS))
     seeds: int = flag(1, "repeat with seed, seed + 1, ...", "d")
     resume: str = flag("", "go on with the run in this folder", "dt")
     w_bn: float = flag(Weights.bn, "weight of Eq. (3)", "d")
@@ -1177,7 +1180,7 @@ def first_student(c, rng, teacher, shapes, thresholds):
         return params
     fit = {k: v.copy() for k, v in teacher.params.items() if np.shape(params.get(k)) == v.shape}
     return params | fit | {f"{layer}.{part}": V for layer, V in thresholds.items()
-                           if layer + ".weight" in params for part in ("v_th", "amplitude")}
+                           if layer + ".weight" in fit for part in ("v_th", "amplitude")}
 
 def synthesise(c, params, state, rng, nets, weights, size, real):
     """Yields (images on the device, parts of Eq. (9)); drawn from the uint8 images real, if any."""
@@ -1311,7 +1314,8 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
             finite = np.isfinite([*map(float, values)])
             k = finite.argmin()
             demand(finite.all(), f"{name} became {float(values[k])} in epoch {epoch + 1}, step "
-                   f"{k + 1}: rerun at a smaller --lr; {path} holds the state after epoch {epoch}")
+                   f"{k + 1}: lower the learning rate" +
+                   f"; {path} holds the state after epoch {epoch}" * (epoch > 0))
         row |= {k: float(sum(v)) / len(v) for k, v in history.items()}
         losses = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if "grad" not in k)
         for warning in {*warnings}.difference(*(old["warnings"] for old in rows)):
@@ -1413,13 +1417,16 @@ def load_net(c, path):
             constants.append((r, g, b))
         T, neuron = info.get("T", 1), Neuron(**info.get("neuron", {}))
         require(T in range(1, 1001) and np.isfinite(neuron.lam + neuron.v_init), f"{neuron}, T {T}")
-        require(all(v > 0 for k, v in params.items() if ".v_th" in k), "a v_th is not positive")
+        numbers = [v for v in params.values() if type(v) is float]  # V and A
+        require("neuron" in info or not numbers, "an ANN has no v_th")
+        require(min(numbers, default=1) > 0, "a v_th or amplitude is not positive")
         return Net(params, neuron if "neuron" in info else relu, int(T), *constants), info
 
 def save_net(path, net, c, command, arch, classes, **info):
     """Save net, what is known of it, and the command that makes the same file again."""
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(c).items()
-                     if k in ("dataset", "seed") or k not in HERE and v != getattr(Config, k))
+    flags = shlex.join(word for k, v in vars(c).items() for word in (
+        "--" + k.replace("_", "-"), *[str(v)] * (v is not True))
+                       if k in ("dataset", "seed") or k not in HERE and v != getattr(Config, k))
     info |= dict(arch=arch, classes=classes, mean=net.mean, std=net.std, dataset=c.dataset)
     save_weights(path, net.params, info | dict(command=f"python stars.py {command} {flags}"))
 
@@ -1487,20 +1494,24 @@ def run_distil(c):
     began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
     teacher, info = load_net(c, source)
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
-    c, arch, classes = settle(c), c.student_arch or info["arch"], info["classes"]
+    arch, classes = c.student_arch or info["arch"], info["classes"]
+    shapes = own = {k: v.shape for k, v in teacher.params.items()}
+    if c.student_arch or c.width:
+        projection = None if c.student_arch else "shortcut" in str([*own])
+        shapes = weight_shapes(arch, classes, c.width, projection)
+    c = settle(dataclasses.replace(c, init=c.init or ("teacher" if shapes == own else "random")))
     size = known.size if known else 64 if info.get("size") == 64 else 32
     real = data_of(c, "train", classes)[0] if c.method == "real" else ()
     demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
-    shapes, device = {k: v.shape for k, v in teacher.params.items()}, "cpu" if xp is np else "gpu"
-    if c.student_arch or c.width:
-        shapes = weight_shapes(arch, classes, c.width)
+    device = "cpu" if xp is np else "gpu"
     draft = Net(init_weights(shapes, np.random.default_rng(0)), Neuron(), c.T)
     t, s, g = macs(teacher, size), macs(draft, size), 21 * (c.generator_width * size) ** 2
     cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g, "distillation": t + 3 * s}
     with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
-        tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, method {c.method}, schedule "
-                f"{c.schedule} on the {device}: {c.epochs} epochs of {c.synthesis_steps} synthesis "
-                f"and, after {c.warm_up}, {c.distill_steps} distillation steps; into {folder}")
+        tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, started from {c.init} weights, "
+                f"method {c.method}, schedule {c.schedule} on the {device}: {c.epochs} epochs of "
+                f"{c.synthesis_steps} synthesis and, after {c.warm_up}, {c.distill_steps} "
+                f"distillation steps; into {folder}")
         student, agreement, pool, rows = distil(c, teacher, shapes, size, folder, cost, real)
         path = f"{folder}/student.npz"
         save_net(path, student, c, "distill", arch, classes, T=c.T, neuron=vars(student.activation))
@@ -1804,7 +1815,7 @@ def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
 def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
                          train, need="p", chunk=None, momentum=.1, eps=1e-5):
     """norm_activation of section 4 without a pass over memory for each of its operators.
-    Keeps a and z; membranes are computed again."""
+    Keeps a, z and the shortcut; membranes are computed again."""
     dtype, C, count, running = a.dtype, a.shape[-1], a.size // a.shape[-1], (mean, var)
     if train:
         mean, var = moments(a, chunk)

@@ -679,6 +679,8 @@ def students_and_energy_are_their_simulation(S):
         assert_close([out.rates[k] for k in rates], [*rates.values()])
         assert 0.02 < np.mean([*rates.values()]) < 0.9
         assert_close(S.energy(out.costs, net.T), (joules, ann))
+    with pytest.raises(ValueError, match="measure=True"):
+        S.energy([], 1)
 
 @checks()
 def teachers_are_students_of_one_step_with_relu(S):
@@ -687,6 +689,10 @@ def teachers_are_students_of_one_step_with_relu(S):
         always = lambda a: S.lif(a, 1, 1, 1, S.Neuron(), lambda drive: np.maximum(drive + 1, 0))
         assert_close(S.forward(net, x)[0].logits,
                      S.forward(net._replace(activation=always), x)[0].logits)
+        for activation in (S.relu, S.identity):  # without a memory all steps are the same
+            once, thrice = (S.forward(net._replace(activation=activation, T=T), x)[0].logits
+                            for T in (1, 3))
+            assert_close(once, thrice)
 
 @checks()
 def batch_statistics_are_taken_over_images_and_steps(S):
@@ -2664,6 +2670,29 @@ def test_a_student_is_as_wide_as_the_teacher_unless_told(folder, capsys):
         params, info = stars.load_weights(f"w{width}/student.npz")
         assert params["conv1.weight"].shape == (width, 3, 3, 3) and shape[0] not in (3, 16)
         assert stars.load_net(stars.Config(), f"w{width}/student.npz")[1] == info
+        started = json.loads(Path(f"w{width}/config.json").read_text())
+        assert (started["init"], started["lr"]) == (
+            ("random", 0.1) if more else ("teacher", 0.01)) and ("bn1.v_th" in params) == (not more)
+    partly = ("--width", "3", "--init", "teacher")  # the teacher's thresholds fit no layer
+    assert distil(capsys, *partly, "--out", "partly")[0] == 0
+    assert "bn1.v_th" not in stars.load_weights("partly/student.npz")[0]
+
+def test_a_student_has_the_projections_of_its_teacher(folder, capsys):
+    shapes = stars.weight_shapes("resnet8", 10, 4, True)
+    stars.save_weights("teacher.npz", stars.init_weights(shapes, np.random.default_rng(0)),
+                       dict(arch="resnet8", classes=10))
+    for width in "4", "3":
+        assert distil(capsys, "--width", width, "--out", width)[0] == 0
+        assert "layer2.0.shortcut.0.weight" in stars.load_weights(f"{width}/student.npz")[0]
+    assert json.loads(Path("4/config.json").read_text())["init"] == "teacher"
+
+def test_a_saved_network_holds_the_command_that_made_it(folder, capsys):
+    Path("teacher.npz").rename("my teacher.npz")
+    net, _ = stars.load_net(stars.Config(), "my teacher.npz")
+    c = stars.Config(teacher="my teacher.npz", tf32=True, w_rca=3.5, mean="0,1,2")
+    stars.save_net("net.npz", net, c, "distill", "resnet8", 10)
+    command = shlex.split(stars.load_weights("net.npz")[1]["command"])
+    assert command[:2] == ["python", "stars.py"] and stars.Config(**stars.parse(command[2:])[1]) == c
 
 SMALL = ("--epochs", "12", "--seed", "3")  # a run of a second or two, long enough to disturb
 
@@ -2836,7 +2865,8 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--batch", "1"], "--batch"),
     (["teacher", "--resume", "full"], "full"),
     (["eval", "teacher.npz", "--T", "2"], "--T"),
-    (["eval", "negative.npz"], "a v_th is not positive"),
+    (["eval", "negative.npz"], "a v_th or amplitude is not positive"),
+    (["--teacher", "thresholds.npz"], "an ANN has no v_th"),
     (["--teacher", "large.npz"], "size 64, not 32"),
     (["--device", "gpu"], "no usable GPU"),
     (["eval", "teacher.npz"], "cifar10 is not in data"),
@@ -2848,6 +2878,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     params, info = stars.load_weights("teacher.npz")
     stars.save_weights("spiking.npz", params, info | dict(neuron=dict(lam=0.5), T=2))
     stars.save_weights("negative.npz", params | {"bn1.v_th": -1.0}, info | dict(neuron={}))
+    stars.save_weights("thresholds.npz", params | {"bn1.v_th": 1.0}, info)
     stars.save_weights("large.npz", params, info | dict(size=64))
     np.savez("headless.npz", **{"classifier.6.weight": np.ones((2, 2))})
     params["conv9.weight"] = params.pop("conv1.weight")
@@ -2889,7 +2920,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys, monkeypatch):
         return loss * (np.nan if next(steps) == 4 else 1), back
     monkeypatch.setattr(stars, "distillation_loss", third_is_nan)
     code, _, err = distil(capsys, "--out", "a")
-    assert code == 1 and "kd became nan in epoch 3, step 2: " in err and "a smaller --lr" in err
+    assert code == 1 and "kd became nan in epoch 3, step 2: " in err and "lower the learning rate" in err
     assert "a/checkpoint.npz holds the state after epoch 2" in err
     assert json.loads(str(np.load("a/checkpoint.npz")["info"]))["rows"][-1]["epoch"] == 2
 
