@@ -2769,7 +2769,7 @@ def test_ctrl_c_twice_ends_at_once(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("limit, epochs", [(700_000, 7), (400_000, 1), (100_000, 0)])
 def test_a_full_disk_leaves_what_was_there(folder, capsys, limit, epochs):
     resource = pytest.importorskip("resource", reason="no file size limits here")
-    more = (*SMALL, "--batch", "16")  # 98,304 bytes of images an epoch
+    more = (*SMALL, "--batch", "16", "--width", "16")  # 98,304 bytes of images an epoch
     process = start(*more, "--out", "full", preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (limit, limit)))
     err = process.communicate()[1]
