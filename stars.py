@@ -1065,7 +1065,7 @@ class Config:
     teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
     arch: str = flag("", "of the ANN", choices=("", *ARCHITECTURES))
     student_arch: str = flag("", "of the SNN; default as the teacher", "db", ("", *ARCHITECTURES))
-    width: int = flag(0, "of its first stage; default as the teacher, or by architecture", "dt")
+    width: int = flag(0, "channels of its first stage; default the teacher's, or the usual", "dt")
     mean: str = flag("", "of the images, as .49,.48,.45, where the file has none", "de")
     std: str = flag("", "likewise", "de")
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb", most=1000)

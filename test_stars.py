@@ -2692,7 +2692,8 @@ def test_a_saved_network_holds_the_command_that_made_it(folder, capsys):
     c = stars.Config(teacher="my teacher.npz", tf32=True, w_rca=3.5, mean="0,1,2")
     stars.save_net("net.npz", net, c, "distill", "resnet8", 10)
     command = shlex.split(stars.load_weights("net.npz")[1]["command"])
-    assert command[:2] == ["python", "stars.py"] and stars.Config(**stars.parse(command[2:])[1]) == c
+    assert command[:2] == ["python", "stars.py"]
+    assert stars.Config(**stars.parse(command[2:])[1]) == c
 
 SMALL = ("--epochs", "12", "--seed", "3")  # a run of a second or two, long enough to disturb
 
@@ -2920,7 +2921,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys, monkeypatch):
         return loss * (np.nan if next(steps) == 4 else 1), back
     monkeypatch.setattr(stars, "distillation_loss", third_is_nan)
     code, _, err = distil(capsys, "--out", "a")
-    assert code == 1 and "kd became nan in epoch 3, step 2: " in err and "lower the learning rate" in err
+    assert code == 1 and "kd became nan in epoch 3, step 2: lower the learning rate" in err
     assert "a/checkpoint.npz holds the state after epoch 2" in err
     assert json.loads(str(np.load("a/checkpoint.npz")["info"]))["rows"][-1]["epoch"] == 2
 
