@@ -87,6 +87,7 @@ def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
     back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted."""
+    expect("x", x, None, None, None, None)
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
     require(stride in (1, 2), f"stride must be 1 or 2, not {stride!r}")
@@ -245,7 +246,7 @@ def augment(x, offsets, flips, pad=4):
     """Crop out of a zero-padded image, then mirror left-right.   x (N, H, W, C) -> y as x.
     offsets (N, 2): row and column of the crop, integers in 0 .. 2 pad; flips (N,): booleans."""
     N, H, W, C = x.shape
-    require(np.isin(offsets, range(2 * pad + 1)).all(), f"offsets must be in 0 .. {2 * pad}")
+    require(np.isin(to_host(offsets), range(2 * pad + 1)).all(), f"offsets must be 0 .. {2 * pad}")
     offsets, flips = xp.asarray(offsets), xp.asarray(flips)
     rows = offsets[:, :1] + xp.arange(H)
     columns = offsets[:, 1:] + xp.where(flips[:, None], xp.arange(W)[::-1], xp.arange(W))
@@ -1806,7 +1807,8 @@ FAST_SLOPES = {relu: 0.0, leaky_relu: 0.2, identity: 1.0}
 def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
     """Whether fast_norm_activation covers the case: wrong arguments are left to the formulas."""
     fits = ({v.shape for v in (gamma, beta, mean, var)} == {a.shape[-1:]} and a.size > a.shape[-1]
-            and (xp is np or T <= 32 and a.size * (T if first else 1) < 2 ** 31 - 256))
+            and (xp is np or a.ndim == 4 and T <= 32 and
+                 a.size * (T if first else 1) < 2 ** 31 - 256))
     if isinstance(activation, Neuron):
         return (fits and activation.detach_reset and v_th > 0 and T >= 1 and
                 (shortcut is None if first else len(a) % T == 0))

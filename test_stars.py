@@ -71,6 +71,15 @@ def checks(**draws):
 SEED = st.integers(0, 2 ** 32 - 1)
 FEW, SIDE, ODD = st.integers(1, 4), st.integers(1, 7), st.sampled_from((1, 3, 5))
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Where there is a GPU, only the tests that ask for it see it."""
+    if "gpu" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    yield
+    stars.use_device("cpu")
+
 @pytest.fixture(scope="session", autouse=True)
 def closing(request):
     class Closing:
@@ -1176,6 +1185,7 @@ TEACHER = stars.Net(stars.init_weights(stars.weight_shapes("resnet8", 3, 2),
 BAD = [  # what the sentence names, the call
     ("beta", lambda: stars.norm_activation(A4, V3, np.ones(4), V3, V3)),
     ("T", lambda: stars.norm_activation(A4, V3, V3, V3, V3, stars.Neuron(), 0)),
+    ("x", lambda: stars.conv2d(A4[0], np.ones((1, 3, 3, 3)))),
     ("w", lambda: stars.conv2d(A4, np.ones((1, 2, 3, 3)))),
     ("w", lambda: stars.conv2d(A4, np.ones((1, 3, 2, 3)))),
     ("w", lambda: stars.conv2d(A4, np.ones((1, 3, 3, 4)))),
@@ -1221,17 +1231,12 @@ def test_a_bad_argument_is_named(i, dtype, monkeypatch):
     sentence = str(error.value)
     assert f" {BAD[i][0]} " in f" {sentence.replace(':', ' ')} " and "\n" not in sentence
 
-@pytest.fixture
-def restored_device():
-    yield
-    stars.use_device("cpu")
-
 def fake_cupy(monkeypatch, arange=np.arange):
     module = types.SimpleNamespace(arange=arange, float32=np.float32)
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
-def test_the_gpu_is_taken_only_where_a_kernel_runs(monkeypatch, restored_device):
+def test_the_gpu_is_taken_only_where_a_kernel_runs(monkeypatch):
     module = fake_cupy(monkeypatch)
     assert stars.use_device("auto") == stars.use_device() == "gpu" and stars.xp is module
     assert stars.use_device("cpu") == "cpu" and stars.xp is np
@@ -1241,7 +1246,7 @@ def test_the_gpu_is_taken_only_where_a_kernel_runs(monkeypatch, restored_device)
     assert stars.use_device("auto") == "cpu" and stars.xp is np
 
 @pytest.mark.parametrize("installed", (False, True))
-def test_no_gpu_is_one_sentence(monkeypatch, restored_device, installed):
+def test_no_gpu_is_one_sentence(monkeypatch, installed):
     def broken(*_, **__):
         raise OSError("no driver")
     fake_cupy(monkeypatch, broken)
@@ -1851,11 +1856,13 @@ def test_kernels_compile_for_gpus(tmp_path):
     CLOSING.append(f"kernels: {len(both)} compiled for sm_80 and sm_90")
 
 @pytest.fixture
-def gpu(restored_device):
+def gpu():
+    """Skips where no GPU works; arrays are on the CPU until on("gpu", ...)."""
     try:
         stars.use_device("gpu")
     except RuntimeError as error:
         pytest.skip(str(error))
+    stars.use_device("cpu")
 
 def on(device, f, tree, *more):
     """f(tree, *more) on a device: arrays of the tree go there and those of the result come back."""
@@ -1866,7 +1873,9 @@ def on(device, f, tree, *more):
             return [moved(move, v) for v in value]
         return move(value) if hasattr(value, "dtype") else value
     stars.use_device(device)
-    return moved(stars.to_host, f(moved(stars.xp.array, tree), *more))
+    result = moved(stars.to_host, f(moved(stars.xp.array, tree), *more))
+    stars.use_device("cpu")
+    return result
 
 @pytest.mark.parametrize("dtype, tol", (("float64", 1e-9), ("float32", 1e-4)))
 def test_gpu_operators_agree(gpu, dtype, tol):
@@ -2875,7 +2884,6 @@ FAILURES = [  # arguments, what the sentence says
 
 @pytest.mark.parametrize("argv, sentence", FAILURES)
 def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, sentence):
-    monkeypatch.setitem(sys.modules, "cupy", None)
     params, info = stars.load_weights("teacher.npz")
     stars.save_weights("spiking.npz", params, info | dict(neuron=dict(lam=0.5), T=2))
     stars.save_weights("negative.npz", params | {"bn1.v_th": -1.0}, info | dict(neuron={}))
