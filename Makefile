@@ -38,7 +38,7 @@ ablation: $(VENV)/extras
 # On a machine with a GPU: the tests that need one, then speed beside PyTorch, and SpikingJelly if installed
 # (pip install spikingjelly==0.0.0.0.14). Takes the packages of PYTHON as they are; no network.
 gpu:
-	$(PYTHON) -m pytest -q test_stars.py -k "gpu or kernel or peer"
+	$(PYTHON) -m pytest -q test_stars.py -k gpu
 	for more in "" --tf32; do \
 	$(PYTHON) test_stars.py bench --device gpu --batch 256 $$more && \
 	$(PYTHON) test_stars.py bench --device gpu --batch 256 --arch resnet18 --rounds 1 $$more || exit 1; done
