@@ -1873,8 +1873,7 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
             activation_back(i, j, dz, dv)
             steps = zip(dv[:, i:j], v[:, i:j]) if train or "p" in need else ()
             sums = sum(([_sum(d, C), _sum(d * x, C)] for d, x in steps), np.zeros((2, C)))
-            if not train:
-                np.multiply(dv[:len(v), i:j], scale, out=da[:, i:j])
+            np.multiply(dv[:len(v), i:j], scale, out=da[:, i:j])
             return sums
         dbeta, dgamma = sum(parallel(part, v.shape[1], chunk))
         dgamma = (dgamma - mean * dbeta) * inv
@@ -1882,9 +1881,7 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
             k = gamma * inv / count
             linear, offset = _row(-k * dgamma * inv, v), _row(k * (dgamma * inv * mean - dbeta), v)
             def finish(i, j):
-                for d, x, out in zip(dv[:, i:j], v[:, i:j], da[:, i:j]):
-                    np.multiply(d, scale, out=out)
-                    out += x * linear + offset
+                da[:, i:j] += v[:, i:j] * linear + offset
             parallel(finish, v.shape[1], chunk)
         params = (dgamma.astype(dtype), dbeta.astype(dtype)) if "p" in need else (None, None)
         return da.reshape(a.shape), *params, None if kept is None else dv.reshape(shortcut.shape)
