@@ -3731,6 +3731,18 @@ def test_the_ablation_runs_each_cell_once(folder, capfd):
         ablation([*argv[:-len(TINY)], *TINY[2:], "--teacher", "none.npz", "--methods", "bn",
                   "--seeds", "1"])
 
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    root = Path(stars.__file__).parent
+    readme, found = (root / "README.md").read_text(), []
+    for path in sorted(root.glob("data/results/*.json")):
+        for line in [*ablation_table(json.loads(path.read_text())["rows"])][2:]:
+            assert line in readme, path.name
+            method, gap = (line.split(" | ")[k].strip("| ") for k in (0, 4))
+            if gap and method != "real" and path.stem.endswith("-ablation"):
+                found.append(gap)
+                assert readme.count(gap) > 1, path.name  # in the summary, too
+    assert len(found) > 9
+
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["bench"], ["ablation"]):
         raise SystemExit("python test_stars.py bench, python test_stars.py ablation, or make test")
