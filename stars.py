@@ -1617,7 +1617,8 @@ def main(argv=None):
 
 # ---- 12  Fast paths: skip on first reading -------------------------------------------------------
 
-CHUNK_BYTES = 1 << 20        # of one operand of a chunk; smaller ones wait for the interpreter
+# bytes of one operand of a chunk; shorter calls would wait for the interpreter, if it has a lock
+CHUNK_BYTES = 1 << (20 if getattr(sys, "_is_gil_enabled", lambda: True)() else 19)
 _pool = ThreadPoolExecutor(64)
 
 def cores():
@@ -1635,9 +1636,9 @@ THREADS = cores()
 def parallel(function, n, chunk):
     """[function(i, j) for consecutive ranges of `chunk` in n], on THREADS threads, in order."""
     results = [None] * -(-n // chunk)
-    todo = iter(range(len(results)))  # next() of it is atomic
+    todo = [None] * THREADS + [*range(len(results))][::-1]  # pop() is atomic; None ends a thread
     def work(_=None):
-        for k in todo:
+        for k in iter(todo.pop, None):
             results[k] = function(k * chunk, min(n, (k + 1) * chunk))
     others = _pool.map(work, range(min(THREADS if xp is np else 1, len(results)) - 1))
     work()
