@@ -3507,7 +3507,7 @@ def bench(argv):
     """Rounds of stars.py and the peer in both memory formats, alternately, and their ratios."""
     cli = argparse.ArgumentParser(prog="test_stars.py bench", allow_abbrev=False)
     for name, value in dict(arch="resnet20", student_arch="", T=4, batch=128, threads=0, rounds=3,
-                            device="cpu", format="").items():
+                            device="cpu", format="", python=sys.executable).items():
         cli.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     cli.add_argument("--tf32", action="store_true")
     a = cli.parse_args(argv)
@@ -3518,7 +3518,7 @@ def bench(argv):
              if getattr(a, name) for text in ("--" + name.replace("_", "-"), str(getattr(a, name)))]
     flags += ["--tf32"] * a.tf32
     print(machine())
-    ours = [sys.executable, stars.__file__, "bench", *flags]
+    ours = [a.python, stars.__file__, "bench", *flags]  # perhaps another Python than the peer's
     if torch is None:
         print("PyTorch is not installed (make peer does it): stars.py alone", flush=True)
         raise SystemExit(subprocess.run(ours).returncode)
