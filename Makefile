@@ -33,7 +33,7 @@ torture: $(VENV)/ready
 	STARS_TORTURE=1 $(RUN) -m pytest -q -s test_stars.py -k torture
 
 ablation: $(VENV)/extras
-	$(RUN) test_stars.py ablation --download --jobs 2 --save data/results/cifar10-resnet20-ablation
+	$(RUN) test_stars.py ablation --download --jobs 2 --schedule quick --distill-steps 80 --save runs/ablation/result
 
 # On a machine with a GPU: the tests that need one, then speed beside PyTorch, and SpikingJelly if installed
 # (pip install spikingjelly==0.0.0.0.14). Takes the packages of PYTHON as they are; no network.

@@ -2766,15 +2766,14 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(folder, capsys):
 def test_ctrl_c_twice_ends_at_once(folder, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(stars, "synthesis_step", interrupt)
     try:
-        code, _, err = distil(capsys, "--out", "cut")
+        with monkeypatch.context() as patch:
+            patch.setattr(stars, "synthesis_step", interrupt)
+            code, _, err = distil(capsys, "--out", "cut")
         assert code == 130 and "--resume cut" in err
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
     assert run(capsys, "--resume", "cut")[0] == 0  # there was no checkpoint yet
 
 @pytest.mark.parametrize("limit, epochs", [(700_000, 7), (400_000, 1), (100_000, 0)])
@@ -3740,7 +3739,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
             method, gap = (line.split(" | ")[k].strip("| ") for k in (0, 4))
             if gap and method != "real" and path.stem.endswith("-ablation"):
                 found.append(gap)
-                assert readme.count(gap) > 1, path.name  # in the summary, too
+                assert readme.count(gap) > 1 + ("±" not in gap), path.name  # in the summary, too
     assert len(found) > 9
 
 if __name__ == "__main__":
