@@ -1861,8 +1861,8 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
     else:
         slope = dtype.type(FAST_SLOPES[activation])
         def forward(i, j):
-            drive(i, j, z[:, i:j])
-            np.maximum(z[0, i:j], z[0, i:j] * slope, out=z[0, i:j])
+            y = drive(i, j, z[:, i:j])
+            np.maximum(y, y * slope, out=y)
         def activation_back(i, j, dz, dv):
             np.maximum(z[0, i:j] > 0, slope, out=dv[0, i:j])
             dv[0, i:j] *= dz[0, i:j]
