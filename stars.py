@@ -1044,6 +1044,8 @@ VERSION = 6  # of what runs compute and checkpoints hold; a checkpoint of anothe
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
+             "scratch": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=120, batch=64,
+                             distill_batch=32),  # from random weights the number of steps decides
              "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
 STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
           "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
@@ -1071,8 +1073,10 @@ class Config:
     std: str = flag("", "likewise", "de")
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb", most=1000)
     batch: int = flag(0, "images a step; default by command and schedule")
+    distill_batch: int = flag(0, "of the student; default by schedule, or as --batch", "d")
     epochs: int = flag(0, "default by command and schedule", "dt")
-    schedule: str = flag("auto", "auto: quick on a CPU, full on a GPU", "d", ("auto", *SCHEDULES))
+    schedule: str = flag("auto", "auto: full on a GPU, else quick, or scratch from random weights",
+                         "d", ("auto", *SCHEDULES))
     synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
     warm_up: int = flag(0, "first epochs, for the generator alone; default by schedule", "d")
@@ -1102,13 +1106,15 @@ class Config:
 
 def settle(c):
     """c with every "default by ..." replaced by what it stands for."""
-    auto = "shapes" if c.dataset == "shapes" else "quick" if xp is np else "full"
+    auto = "shapes" if c.dataset == "shapes" else "full" if xp is not np else (
+        "quick" if c.init == "teacher" else "scratch")
     new = SCHEDULES[c.schedule.replace("auto", auto)] | STARTS[c.init] | dict(schedule=auto, T=4)
+    new["distill_batch"] = c.batch or new.get("distill_batch", new["batch"])
     if c.epochs:
         new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
     demand(c.warm_up < c.epochs, f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
-    demand(c.batch > 1, "--batch must be 2 or more: Eq. (7) compares images")
+    demand(min(c.batch, c.distill_batch) > 1, "a batch must be 2 or more: Eq. (7) compares images")
     return c
 
 def draw_augmentation(rng, n, pad=4):
@@ -1252,14 +1258,15 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
         if epoch == c.warm_up - 1:
             groups["student"].update(first_student(c, rng, teacher, shapes, V))
         for step in range(0 if warm else c.distill_steps):
-            i = rng.integers(ripe, len(images), c.batch), rng.integers(held, c.batch, c.batch)
+            i = (rng.integers(ripe, len(images), c.distill_batch),
+                 rng.integers(held, c.batch, c.distill_batch))
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
             yield "distillation", dict(zip(("kd", "rkd", "rate"), distillation_step(
                 student, groups["sgd"], crops(rng, images[i]), teacher, c.tau_kd, lr,
                 c.weight_decay, both.rca, c.w_rate, V)))
         found = {} if warm else agreement(images[-32:])
         row |= {"agreement": found["accuracy"]} if found else {}
-        row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.batch
+        row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.distill_batch
         warnings += symptoms(teacher, images[-1], found.get("firing_rates", {}))
     plan = [{"warm-up": batches}] * c.warm_up + [
         {"synthesis": batches, "distillation": c.distill_steps}] * (c.epochs - c.warm_up)
@@ -1507,7 +1514,8 @@ def run_distil(c):
     device = "cpu" if xp is np else "gpu"
     draft = Net(init_weights(shapes, np.random.default_rng(0)), Neuron(), c.T)
     t, s, g = macs(teacher, size), macs(draft, size), 21 * (c.generator_width * size) ** 2
-    cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g, "distillation": t + 3 * s}
+    cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g,
+            "distillation": (t + 3 * s) * c.distill_batch / c.batch}
     with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, started from {c.init} weights, "
                 f"method {c.method}, schedule {c.schedule} on the {device}: {c.epochs} epochs of "

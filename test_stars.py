@@ -2636,6 +2636,23 @@ def test_a_run_leaves_its_folder_and_its_json(folder, capsys):
     distil(capsys)
     assert (folder / "runs/cifar10-stars-s0-2/student.npz").exists()
 
+def test_the_student_has_a_batch_of_its_own(folder, capsys, monkeypatch):
+    shapes, step = [], stars.distillation_step
+    monkeypatch.setattr(stars, "distillation_step", lambda student, state, x, *rest: (
+        shapes.append(x.shape), step(student, state, x, *rest))[1])
+    assert distil(capsys, "--distill-batch", "4", "--out", "r")[0] == 0
+    assert shapes == [(4, 32, 32, 3)] * 4 and len(pool_of(folder / "r")) == 6
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [row["images_seen"] for row in rows] == [0, 8, 16]
+    for given, schedule, own in ((dict(init="teacher"), "quick", 64), (dict(batch=8), "quick", 8),
+                                 (dict(init="random"), "scratch", 32),
+                                 (dict(init="random", batch=8), "scratch", 8),
+                                 (dict(init="random", schedule="quick"), "quick", 64)):
+        c = stars.settle(stars.Config(**dict(init="teacher") | given))
+        assert (c.schedule, c.distill_batch) == (schedule, own)
+    code, _, err = distil(capsys, "--distill-batch", "1")
+    assert code == 1 and "batch must be 2 or more" in err
+
 def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
     code, out, _ = distil(capsys, "--method", "all", "--seeds", "2", "--json")
     rows = [(row["method"], *row["seeds"]) for row in last_json(out)["rows"]]
