@@ -2645,7 +2645,7 @@ def test_the_student_has_a_batch_of_its_own(folder, capsys, monkeypatch):
     rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [row["images_seen"] for row in rows] == [0, 8, 16]
     for given, schedule, own in ((dict(init="teacher"), "quick", 64), (dict(batch=8), "quick", 8),
-                                 (dict(init="random"), "scratch", 32),
+                                 (dict(init="random"), "scratch", 16),
                                  (dict(init="random", batch=8), "scratch", 8),
                                  (dict(init="random", schedule="quick"), "quick", 64)):
         c = stars.settle(stars.Config(**dict(init="teacher") | given))
