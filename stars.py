@@ -1040,12 +1040,12 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 6  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 7  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
              "scratch": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=240, batch=64,
-                             distill_batch=16),  # from random weights the number of steps decides
+                             distill_batch=16),  # from random weights, more steps of fewer images
              "full": dict(epochs=220, warm_up=20, synthesis_steps=10, distill_steps=400, batch=256)}
 STARTS = {"teacher": dict(lr=0.01, reset="soft", lam=1.0, v_init=0.5),
           "random": dict(lr=0.1, reset="hard", lam=0.5, v_init=0.0)}
