@@ -2651,7 +2651,7 @@ def test_the_student_has_a_batch_of_its_own(folder, capsys, monkeypatch):
         c = stars.settle(stars.Config(**dict(init="teacher") | given))
         assert (c.schedule, c.distill_batch) == (schedule, own)
     code, _, err = distil(capsys, "--distill-batch", "1")
-    assert code == 1 and "batch must be 2 or more" in err
+    assert code == 1 and "--distill-batch must be 2 or more" in err
 
 def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
     code, out, _ = distil(capsys, "--method", "all", "--seeds", "2", "--json")
