@@ -1114,7 +1114,7 @@ def settle(c):
         new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
     demand(c.warm_up < c.epochs, f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
-    demand(min(c.batch, c.distill_batch) > 1, "--batch, --distill-batch must be 2 or more, for Eq. (7)")
+    demand(min(c.batch, c.distill_batch) > 1, "--batch, --distill-batch must be 2 or more")
     return c
 
 def draw_augmentation(rng, n, pad=4):
