@@ -687,6 +687,30 @@ def rate_matching(z, y, T, v_th, amplitude=1.0):
         return dz + time_back(gap * (2 * dloss / (gap.size * float(amplitude))))
     return (gap * gap).mean(), back  # Eq. (12)
 
+def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
+    """A layer of Eq. (12) between other channels: mean of (r P + b - clip(y / V))^2, plus ridge
+    |P|^2 / C', of the P (C, C') and b for which that is least; r: z / A averaged over T.
+    z (T*N, H, W, C), y (N, H, W, C'), the rest as rate_matching.   Ridge regression."""
+    rate, time_back = mean_over_time(z, T)
+    expect("y", y, *rate.shape[:3], None)
+    r, goal = (v.reshape(-1, v.shape[-1]) for v in (rate, xp.clip(y * (1 / v_th), 0, 1)))
+    r, goal = (r - r.mean(0)) * (1 / float(amplitude)), goal - goal.mean(0)  # which finds b
+    gram = (r.T @ r / len(r)).astype(np.float64) + ridge * xp.eye(r.shape[1])
+    P = xp.linalg.solve(gram, (r.T @ goal / len(r)).astype(np.float64)).astype(r.dtype)
+    gap = r @ P - goal
+    def back(dloss=1.0, dz=0.0):  # P is the best, so that to change it would change nothing
+        dr = gap @ P.T * (2 * dloss / (gap.size * float(amplitude)))
+        return dz + time_back(dr.reshape(rate.shape))
+    return (gap * gap).mean() + ridge * (P * P).sum() / P.shape[1], back  # Eq. (12)
+
+def matched_layers(student, teacher):
+    """{layer of the student: of the teacher} for Eq. (12): those of the same name and shape; at a
+    resolution where there is none, the last of each. student, teacher: {layer: output}, in order."""
+    same = {k: k for k in student if k in teacher and teacher[k].shape[1:] == student[k].shape[1:]}
+    met = {student[k].shape[1] for k in same}
+    ours, theirs = ({z.shape[1]: k for k, z in net.items()} for net in (student, teacher))
+    return same | {ours[n]: theirs[n] for n in ours if n in theirs and n not in met}
+
 # ---- 6  Optimisers: update params and state in place, for every name in grads --------------------
 
 def sgd(params, grads, state, lr, momentum=0.9, nesterov=False, weight_decay=0.0):
@@ -1040,7 +1064,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 7  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 8  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1091,7 +1115,7 @@ class Config:
     w_adv: float = flag(Weights.adv, "weight of Eq. (6)", "d")
     w_rca: float = flag(Weights.rca, "weight of Eq. (7), in (9) and in (10)", "d")
     w_tar: float = flag(Weights.tar, "weight of Eq. (8), in (9)", "d")
-    w_rate: float = flag(300.0, "weight of Eq. (12), in (10), for layers that both have", "d")
+    w_rate: float = flag(300.0, "weight of Eq. (12), in (10)", "d")
     tau_kd: float = flag(4.0, "temperature of Eq. (10)", "d", least=1e-3)
     lr: float = flag(0.0, "default 0.1 for random weights, 0.01 for a teacher's", "dt", least=1e-9)
     weight_decay: float = flag(5e-4, "of the network that is trained", "dt")
@@ -1141,19 +1165,22 @@ def train_step(net, state, x, criterion, lr, weight_decay, watch=None):
 
 def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, w_rate, thresholds):
     """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds: V of each
-    layer for Eq. (12), which is over those that both networks have.   -> the losses of (10)"""
-    outputs, rates = {}, []
+    layer of the teacher that Eq. (12) may match.   -> the losses of (10)"""
+    outputs, fired, backs, rates = {}, {}, {}, []
     t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="",
                 watch=outputs.__setitem__ if w_rate else None)[0]
     def watch(layer, z):
-        y = outputs.pop(layer, z[:0])
-        if layer in thresholds and y.shape == (len(x), *z.shape[1:]):
-            matching = fast_rate_matching if fast(z) else rate_matching
-            loss, back = matching(z, y, student.T, thresholds[layer],
-                                  student.params.get(layer + ".amplitude", 1.0))
-            rates.append(loss)
-            return lambda dz: back(w_rate / len(rates), dz)  # when all layers have been seen
+        fired[layer] = z
+        return lambda dz: backs.pop(layer)(w_rate / len(rates), dz) if layer in backs else dz
     def criterion(s):
+        pairs = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
+        for layer, its in pairs.items():
+            z, y, A = fired.pop(layer), outputs.pop(its), f"{layer}.amplitude"
+            match = fast_rate_matching if fast(z) else rate_matching
+            loss, backs[layer] = (match if layer == its else rate_mapping)(
+                z, y, student.T, thresholds[its], student.params.get(A, 1.0))
+            rates.append(loss)
+        fired.clear()
         relations, back = rca(t.features, s.features)
         yield distillation_loss(t.logits, s.logits, tau)
         yield w_rca * relations, lambda: back(w_rca)[1]

@@ -980,6 +980,32 @@ def rate_matching_is_equation_12(S, T=3, seed=0):
     assert S.rate_matching(A * fixed(np.concatenate([y > 0] * T)), 9 * y, T, 1e-9, A)[0] < 1e-20
     assert_gradient(lambda z: S.rate_matching(z, y, T, V, A), z)
 
+@checks(T=st.integers(1, 4), C=st.integers(1, 4), seed=SEED)
+def rate_mapping_is_equation_12_up_to_a_linear_map(S, T=3, C=3, seed=0):
+    z, y = normal(seed, (T * 2, 3, 4, C), (2, 3, 4, 5))
+    V, A, ridge, n = 0.7, 1.3, 0.05, 24
+    rows = np.zeros((n + C, C + 1))  # of the ridge last, b in the last column
+    rows[:n, :C], rows[:n, C] = (z.reshape(T, n, C).mean(0) / A), 1
+    rows[n:, :C] = np.eye(C) * (n * ridge) ** 0.5
+    goals = np.concatenate([np.clip(y.reshape(n, 5) / V, 0, 1), np.zeros((C, 5))])
+    best = np.linalg.lstsq(rows, goals, rcond=None)[0]
+    expected = ((rows @ best - goals) ** 2).sum() / n / 5
+    assert_close(S.rate_mapping(z, y, T, V, A, ridge)[0], expected)
+    assert_gradient(lambda z: S.rate_mapping(z, y, T, V, A, ridge), z)
+    hidden, turn = normal(seed + 1, (2, 3, 4, C), (C, C))  # what a map undoes is no error
+    turned = np.concatenate([hidden @ (turn + 3 * np.eye(C))] * T)
+    assert S.rate_mapping(turned, 0.5 + 0.01 * hidden, T, 1.0, A, 1e-9)[0] < 1e-9
+
+@checks()
+def layers_are_matched_by_name_or_else_by_resolution(S):
+    maps = lambda **nets: {k: np.zeros((2, side, side, C)) for k, (side, C) in nets.items()}
+    teacher = maps(a=(8, 3), b=(8, 3), c=(4, 6), d=(4, 6), e=(2, 9))
+    for student, pairs in (
+            (teacher, dict(zip("abcde", "abcde"))), (maps(a=(8, 3), x=(8, 3)), dict(a="a")),
+            (maps(u=(8, 3), v=(8, 4), w=(4, 5)), dict(v="b", w="d")),
+            (maps(a=(8, 3), c=(4, 5), d=(2, 9), x=(1, 9)), dict(a="a", c="d", d="e"))):
+        assert S.matched_layers(student, teacher) == pairs
+
 @checks(**B_K)
 def distillation_is_equation_10(S, B=4, K=3, seed=0):
     t, s = normal(seed, (B, K), (B, K))
@@ -1079,11 +1105,12 @@ def synthesis_gradient_to_the_generator(family, classes):
 for _family, _classes in zip(FAMILIES, (0, 3, 0, 3)):
     synthesis_gradient_to_the_generator(_family, _classes)
 
-def distillation_gradient(family):
+def distillation_gradient(family, of=None):
     """Eq. (10) with (7) and (12) in it: what a first step of SGD moves the weights by, lr = 1."""
     def check(S):
-        (teacher, student), x = pair_of(S, family), images_of(family, 4)
-        names, layers = trainable(student.params), S.batch_norms(student.params)
+        (teacher, _), x = pair_of(S, of or family), images_of(of or family, 4)
+        student = pair_of(S, family)[1]
+        names, layers = trainable(student.params), S.batch_norms(teacher.params)
         V = {layer: 0.5 + 0.1 * i for i, layer in enumerate(layers[1:]) if "shortcut" not in layer}
         V["none"] = 1.0  # the mean of Eq. (12) is over layers that both have and have a V
         def f(*values):
@@ -1094,11 +1121,11 @@ def distillation_gradient(family):
             moved = [(v - new[name]) / 1.9 for name, v in zip(names, values)]
             return sum(loss), lambda d: [d * v for v in moved]
         assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
-    check.__name__ = "distillation_gradient_" + family.replace(" ", "_")
+    check.__name__ = "distillation_gradient_" + f"{family}{' of ' * bool(of)}{of or ''}".replace(" ", "_")
     return checks()(check)
 
-for _family in FAMILIES:
-    distillation_gradient(_family)
+for _family, _of in [*zip(FAMILIES, itertools.repeat(None)), ("projection", "vgg11")]:
+    distillation_gradient(_family, _of)
 
 # ---- 6  Optimisers -------------------------------------------------------------------------------
 
@@ -1207,6 +1234,7 @@ BAD = [  # what the sentence names, the call
     ("labels", lambda: stars.class_prior(A2, [0, 3])),
     ("f_t", lambda: stars.rca(A2[:1], A2[:1])), ("f_s", lambda: stars.rca(A2, A2[:1])),
     ("y", lambda: stars.rate_matching(A4, A4, 2, 1.0)),
+    ("y", lambda: stars.rate_mapping(A4, A4, 2, 1.0)),
     ("T", lambda: stars.rate_matching(A4, A4, 3, 1.0)),
     ("pi", lambda: stars.tar(A2, V3, V3, V3, (0.1,))),
     ("gamma", lambda: stars.norm_activation(A4, np.ones(2), V3, V3, V3)),
@@ -1328,7 +1356,7 @@ EQUATIONS = {  # number: (checks, mutant of the line)
     9: ("synthesis_gradient_to_the_pixels", ("getattr(weights, k) * loss", "loss")),
     10: ("distillation_is_equation_10", ("tau ** 2", "tau")),
     11: ("students_and_energy_are_their_simulation", ("in costs)", "in costs[:-1])")),
-    12: ("rate_matching_is_equation_12", ("(gap * gap)", "abs(gap)"))}
+    12: ("rate_matching_is_equation_12", ("(gap * gap).mean(), back", "abs(gap).mean(), back"))}
 
 @pytest.fixture(scope="module")
 def score():
@@ -1400,9 +1428,20 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("xp.sign(gamma) / xp.sqrt(var + eps)", "1 / xp.sqrt(var + eps)",
      "tar_looks_towards_firing_by_the_sign_of_gamma"),
     ("rate * (1 / float(amplitude))", "rate", "rate_matching_is_equation_12"),
-    ("xp.clip(y * (1 / v_th), 0, 1)", "y * (1 / v_th)", "rate_matching_is_equation_12"),
-    ("(gap.size * float(amplitude))", "gap.size", "rate_matching_is_equation_12"),
-    ("return dz + time_back", "return dz - time_back", "distillation_gradient_option_A"),
+    ("- xp.clip(y * (1 / v_th), 0, 1)", "- y * (1 / v_th)", "rate_matching_is_equation_12"),
+    ("time_back(gap * (2 * dloss / (gap.size * float(amplitude))))",
+     "time_back(gap * (2 * dloss / gap.size))", "rate_matching_is_equation_12"),
+    ("return dz + time_back(gap", "return dz - time_back(gap", "distillation_gradient_option_A"),
+    ("return dz + time_back(dr", "return dz - time_back(dr",
+     "distillation_gradient_projection_of_vgg11"),
+    ("goal - goal.mean(0)", "goal", "rate_mapping_is_equation_12_up_to_a_linear_map"),
+    ("ridge * (P * P).sum() / P.shape[1]", "ridge * (P * P).mean()",
+     "rate_mapping_is_equation_12_up_to_a_linear_map"),
+    ("gap @ P.T * (2 * dloss / (gap.size * float(amplitude)))",
+     "gap @ P.T * (2 * dloss / gap.size)",
+     "rate_mapping_is_equation_12_up_to_a_linear_map"),
+    ("if n in theirs and n not in met", "if n in theirs",
+     "layers_are_matched_by_name_or_else_by_resolution"),
     ("w_rate * sum(rates) /", "w_rate * sum(rates) * ", "distillation_gradient_option_A"),
     ("(w_rate / len(rates), dz)", "(w_rate / len(thresholds), dz)",
      "distillation_gradient_option_A"),
@@ -3296,6 +3335,15 @@ def peer_synthesis_step(generator, z, teacher, student, weights, crop, y=None, t
 def peer_rate_matching(z, y, T, v_th, amplitude):  # Eq. (12)
     return (z.unflatten(0, (T, -1)).mean(0) / amplitude - (y / v_th).clamp(0, 1)).square().mean()
 
+def peer_rate_mapping(z, y, T, v_th, amplitude):  # Eq. (12) with the best P and b, by autograd
+    rate = z.unflatten(0, (T, -1)).mean(0) / amplitude
+    goal = (y / v_th).clamp(0, 1).permute(0, 2, 3, 1).flatten(0, 2)
+    rows = torch.nn.functional.pad(rate.permute(0, 2, 3, 1).flatten(0, 2), (0, 1), value=1.)
+    ridge = torch.eye(rows.shape[1], dtype=rows.dtype) * 1e-3
+    ridge[-1] = 0
+    best = torch.linalg.solve(rows.T @ rows / len(rows) + ridge, rows.T @ goal / len(rows))
+    return (rows @ best - goal).square().mean() + (ridge @ best * best).sum() / goal.shape[1]
+
 def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0., w_rate=0., thresholds={}):
     """images (N, 3, H, W) in [0, 1] -> loss, gradients of the student, its running statistics."""
     p, w = peer_leaves(student.params)
@@ -3309,6 +3357,11 @@ def peer_distillation_step(images, teacher, student, tau, crop, w_rca=0., w_rate
                                 p.get(layer + ".amplitude", 1.))
              for layer, V in thresholds.items() if w_rate and layer in fired
              and fired[layer].shape[1:] == outputs[layer].shape[1:]]
+    if w_rate and not rates:  # no layer in common: the last of each resolution that both have
+        ours, theirs = ({z.shape[2]: k for k, z in net.items()} for net in (fired, outputs))
+        rates = [peer_rate_mapping(fired[ours[n]], outputs[theirs[n]], student.T,
+                                   thresholds[theirs[n]], p.get(ours[n] + ".amplitude", 1.))
+                 for n in ours if n in theirs]
     loss = loss + w_rate * sum(rates) / max(1, len(rates))
     return loss.detach(), dict(zip(w, torch.autograd.grad(loss, list(w.values())))), running
 
@@ -3411,12 +3464,14 @@ def test_peer_synthesis_steps_agree(family, classes):
         assert_agree(ours, other)
 
 @needs_torch
-@pytest.mark.parametrize("family", FAMILIES)
-def test_peer_distillation_steps_agree(family):
+@pytest.mark.parametrize("family,of", [*zip(FAMILIES, FAMILIES), ("projection", "vgg11")])
+def test_peer_distillation_steps_agree(family, of):
     """Eq. (10), the gradient of every weight of the student, its running statistics."""
-    x, crop = images_of(family, 4), stars.draw_augmentation(np.random.default_rng(3), 4)
+    x, crop = images_of(of, 4), stars.draw_augmentation(np.random.default_rng(3), 4)
     for neuron in STUDENTS if family == "option A" else STUDENTS[::5]:
         teacher, student, *peers = peer_pair(family, neuron)
+        if of != family:
+            teacher, _, peers[0], _ = peer_pair(of, neuron)
         V = {layer: 0.5 + 0.1 * (i % 7) for i, layer in enumerate(stars.batch_norms(teacher.params))
              if "shortcut" not in layer}
         cropped = stars.augment(x, *crop)[0]
