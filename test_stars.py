@@ -385,6 +385,8 @@ def operator_cases(S, seed=0):
           for reset in ("hard", "soft") for surrogate in S.SURROGATES for detach in (True, False)),
         ("bn_matching", S.bn_matching, (x, *vectors[2:])), ("class_prior", S.class_prior, (f,)),
         ("balance", S.balance, (f,)), ("adversarial", S.adversarial, (f, f + 0.1 * draw(4, 5))),
+        ("rate_mapping", lambda z: S.rate_mapping(z, draw(1, 4, 6, 5).astype(z.dtype), 3, 0.7, 1.3),
+         (x,)),
         ("rca", S.rca, (f, g)), ("distillation_loss", S.distillation_loss, (f, draw(5, 5)[:4])),
         ("tar", lambda a, *v: S.tar(a, *v, (0.2, 0.1, 0.02)), (x, *vectors[:1], *vectors[2:]))]
 
@@ -983,15 +985,15 @@ def rate_matching_is_equation_12(S, T=3, seed=0):
 @checks(T=st.integers(1, 4), C=st.integers(1, 4), seed=SEED)
 def rate_mapping_is_equation_12_up_to_a_linear_map(S, T=3, C=3, seed=0):
     z, y = normal(seed, (T * 2, 3, 4, C), (2, 3, 4, 5))
-    V, A, ridge, n = 0.7, 1.3, 0.05, 24
+    V, A, ridge, n = 0.7, 1.3, 1e-3, 24
     rows = np.zeros((n + C, C + 1))  # of the ridge last, b in the last column
     rows[:n, :C], rows[:n, C] = (z.reshape(T, n, C).mean(0) / A), 1
     rows[n:, :C] = np.eye(C) * (n * ridge) ** 0.5
     goals = np.concatenate([np.clip(y.reshape(n, 5) / V, 0, 1), np.zeros((C, 5))])
     best = np.linalg.lstsq(rows, goals, rcond=None)[0]
     expected = ((rows @ best - goals) ** 2).sum() / n / 5
-    assert_close(S.rate_mapping(z, y, T, V, A, ridge)[0], expected)
-    assert_gradient(lambda z: S.rate_mapping(z, y, T, V, A, ridge), z)
+    assert_close(S.rate_mapping(z, y, T, V, A)[0], expected)
+    assert_gradient(lambda z: S.rate_mapping(z, y, T, V, A), z)
     hidden, turn = normal(seed + 1, (2, 3, 4, C), (C, C))  # what a map undoes is no error
     turned = np.concatenate([hidden @ (turn + 3 * np.eye(C))] * T)
     assert S.rate_mapping(turned, 0.5 + 0.01 * hidden, T, 1.0, A, 1e-9)[0] < 1e-9
@@ -1003,6 +1005,7 @@ def layers_are_matched_by_name_or_else_by_resolution(S):
     for student, pairs in (
             (teacher, dict(zip("abcde", "abcde"))), (maps(a=(8, 3), x=(8, 3)), dict(a="a")),
             (maps(u=(8, 3), v=(8, 4), w=(4, 5)), dict(v="b", w="d")),
+            (maps(a=(8, 4), b=(8, 4)), dict(b="b")), (maps(a=(4, 3), x=(4, 6)), dict(x="d")),
             (maps(a=(8, 3), c=(4, 5), d=(2, 9), x=(1, 9)), dict(a="a", c="d", d="e"))):
         assert S.matched_layers(student, teacher) == pairs
 
@@ -1121,8 +1124,31 @@ def distillation_gradient(family, of=None):
             moved = [(v - new[name]) / 1.9 for name, v in zip(names, values)]
             return sum(loss), lambda d: [d * v for v in moved]
         assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
-    check.__name__ = "distillation_gradient_" + f"{family}{' of ' * bool(of)}{of or ''}".replace(" ", "_")
+    name = f"distillation_gradient_{family}" + (f" of {of}" if of else "")
+    check.__name__ = name.replace(" ", "_")
     return checks()(check)
+
+@checks()
+def other_layers_are_mapped_and_the_same_are_not(S):
+    """Names, shapes, thresholds and amplitudes of Eq. (12) in a step; another width is mapped."""
+    for family, of, width in (("option A", "option A", 2), ("option A", "option A", 5),
+                              ("projection", "vgg11", 2), ("vgg11", "vgg11", 3)):
+        shapes = S.weight_shapes(*FAMILIES[family][0][:2], width, *FAMILIES[family][0][3:])
+        teacher, x = pair_of(S, of)[0], images_of(of, 4)
+        params = weights_of(S, shapes, 1)
+        params |= {layer + ".amplitude": 1.3 for layer in S.batch_norms(params)}
+        student, outputs, fired = teacher._replace(
+            params=params, activation=S.Neuron(), T=2), {}, {}
+        V = {layer: 0.5 + 0.1 * i for i, layer in enumerate(S.batch_norms(teacher.params))}
+        normal = (x - np.array(teacher.mean)) / teacher.std
+        S.forward(teacher, normal, watch=outputs.__setitem__)
+        S.forward(student, normal, train=True, watch=fired.__setitem__)
+        losses = [(S.rate_matching if k == its and width == 2 else S.rate_mapping)(
+            fired[k], outputs[its], 2, V[its], 1.3)[0]
+            for k, its in S.matched_layers(fired, outputs).items()]
+        student = student._replace(params={k: v + 0.0 for k, v in params.items()})
+        loss = S.distillation_step(student, {}, x, teacher, 4., 1., 0., 3., 20., V)[2]
+        assert_close(loss, 20 * np.mean(losses))
 
 for _family, _of in [*zip(FAMILIES, itertools.repeat(None)), ("projection", "vgg11")]:
     distillation_gradient(_family, _of)
@@ -1440,8 +1466,18 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("gap @ P.T * (2 * dloss / (gap.size * float(amplitude)))",
      "gap @ P.T * (2 * dloss / gap.size)",
      "rate_mapping_is_equation_12_up_to_a_linear_map"),
+    ("r - r.mean(0)", "r", "rate_mapping_is_equation_12_up_to_a_linear_map"),
+    ("(rate, xp.clip(y * (1 / v_th), 0, 1))", "(rate, y * (1 / v_th))",
+     "rate_mapping_is_equation_12_up_to_a_linear_map"),
     ("if n in theirs and n not in met", "if n in theirs",
      "layers_are_matched_by_name_or_else_by_resolution"),
+    ("teacher[k].shape[1:] == student[k].shape[1:]", "teacher[k].shape[3] == student[k].shape[3]",
+     "layers_are_matched_by_name_or_else_by_resolution"),
+    ("same = layer == its and z.shape[1:] == y.shape[1:]", "same = z.shape[1:] == y.shape[1:]",
+     "other_layers_are_mapped_and_the_same_are_not"),
+    ("same = layer == its and z.shape[1:] == y.shape[1:]", "same = False",
+     "other_layers_are_mapped_and_the_same_are_not"),
+    ("student.params.get(A, 1.0))", "1.0)", "other_layers_are_mapped_and_the_same_are_not"),
     ("w_rate * sum(rates) /", "w_rate * sum(rates) * ", "distillation_gradient_option_A"),
     ("(w_rate / len(rates), dz)", "(w_rate / len(thresholds), dz)",
      "distillation_gradient_option_A"),
