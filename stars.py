@@ -696,8 +696,8 @@ def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
     expect("y", y, *rate.shape[:3], None)
     r, goal = (v.reshape(-1, v.shape[-1]) for v in (rate, xp.clip(y * (1 / v_th), 0, 1)))
     r, goal = (r - r.mean(0)) * (1 / float(amplitude)), goal - goal.mean(0)  # which finds b
-    gram = (r.T @ r / len(r)).astype(np.float64) + ridge * xp.eye(r.shape[1])
-    P = xp.linalg.solve(gram, (r.T @ goal / len(r)).astype(np.float64)).astype(r.dtype)
+    gram, moment = (to_host(r.T @ v / len(r)).astype(np.float64) for v in (r, goal))
+    P = xp.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), moment), r.dtype)
     gap = r @ P - goal
     def back(dloss=1.0, dz=0.0):  # P is the best, so that to change it would change nothing
         dr = gap @ P.T * (2 * dloss / (gap.size * float(amplitude)))
