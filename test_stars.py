@@ -385,8 +385,7 @@ def operator_cases(S, seed=0):
           for reset in ("hard", "soft") for surrogate in S.SURROGATES for detach in (True, False)),
         ("bn_matching", S.bn_matching, (x, *vectors[2:])), ("class_prior", S.class_prior, (f,)),
         ("balance", S.balance, (f,)), ("adversarial", S.adversarial, (f, f + 0.1 * draw(4, 5))),
-        ("rate_mapping", lambda z: S.rate_mapping(z, draw(1, 4, 6, 5).astype(z.dtype), 3, 0.7, 1.3),
-         (x,)),
+        ("rate_mapping", lambda z, y: S.rate_mapping(z, y, 3, 0.7, 1.3), (x, draw(1, 4, 6, 5))),
         ("rca", S.rca, (f, g)), ("distillation_loss", S.distillation_loss, (f, draw(5, 5)[:4])),
         ("tar", lambda a, *v: S.tar(a, *v, (0.2, 0.1, 0.02)), (x, *vectors[:1], *vectors[2:]))]
 
