@@ -690,8 +690,8 @@ def rate_matching(z, y, T, v_th, amplitude=1.0):
 def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
     """A layer of Eq. (12) between different layers: the least over P (C, C') and b of mean
     (r P + b - clip(y / V))^2 + ridge |P|^2 / C', r: z / A averaged over T.   z (T*N, H, W, C),
-    y (N, H, W, C'), the rest as rate_matching. A hint (Romero et al. 2015) by ridge regression;
-    says nothing to silent channels, and little where N H W is not far above C."""
+    y (N, H, W, C'), the rest as rate_matching. A hint (Romero et al. 2015) by ridge regression:
+    without gradient for silent channels, with little where N H W is not far above C."""
     rate, time_back = mean_over_time(z, T)
     expect("y", y, *rate.shape[:3], None)
     r, goal = (v.reshape(-1, v.shape[-1]) for v in (rate, xp.clip(y * (1 / v_th), 0, 1)))
@@ -705,12 +705,13 @@ def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
     return (gap * gap).mean() + ridge * (P * P).sum() / P.shape[1], back  # Eq. (12)
 
 def matched_layers(student, teacher):
-    """{layer of the student: of the teacher} for Eq. (12): those of the same name and shape; at any
-    other resolution that both have, the last of each.   Arguments: {layer: output}, in order."""
+    """The layers of Eq. (12), twice {of the student: of the teacher}: those of the same name and
+    shape; and the last of each at any other resolution that both have, for rate_mapping.
+    student, teacher: {layer: output}, from input to output."""
     same = {k: k for k in student if k in teacher and teacher[k].shape[1:] == student[k].shape[1:]}
     met = {student[k].shape[1] for k in same}
     ours, theirs = ({z.shape[1]: k for k, z in net.items()} for net in (student, teacher))
-    return same | {ours[n]: theirs[n] for n in ours if n in theirs and n not in met}
+    return same, {ours[n]: theirs[n] for n in ours if n in theirs and n not in met}
 
 # ---- 6  Optimisers: update params and state in place, for every name in grads --------------------
 
@@ -1174,15 +1175,16 @@ def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, 
         fired[layer] = z
         return lambda dz: backs.pop(layer)(w_rate / len(rates), dz) if layer in backs else dz
     def criterion(s):
-        pairs = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
-        for layer, its in pairs.items():
-            z, y, A = fired.pop(layer), outputs.pop(its), f"{layer}.amplitude"
+        same, mapped = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
+        for layer, its in (same | mapped).items():
+            z, y = fired.pop(layer), outputs.pop(its)
             match = fast_rate_matching if fast(z) else rate_matching
-            same = layer == its and z.shape[1:] == y.shape[1:]
-            loss, backs[layer] = (match if same else rate_mapping)(
-                z, y, student.T, thresholds[its], student.params.get(A, 1.0))
+            match = rate_mapping if layer in mapped else match
+            loss, backs[layer] = match(z, y, student.T, thresholds[its],
+                                       student.params.get(layer + ".amplitude", 1.0))
             rates.append(loss)
-        fired.clear(), outputs.clear()
+        fired.clear()
+        outputs.clear()
         relations, back = rca(t.features, s.features)
         yield distillation_loss(t.logits, s.logits, tau)
         yield w_rca * relations, lambda: back(w_rca)[1]

@@ -1001,12 +1001,12 @@ def rate_mapping_is_equation_12_up_to_a_linear_map(S, T=3, C=3, seed=0):
 def layers_are_matched_by_name_or_else_by_resolution(S):
     maps = lambda **nets: {k: np.zeros((2, side, side, C)) for k, (side, C) in nets.items()}
     teacher = maps(a=(8, 3), b=(8, 3), c=(4, 6), d=(4, 6), e=(2, 9))
-    for student, pairs in (
-            (teacher, dict(zip("abcde", "abcde"))), (maps(a=(8, 3), x=(8, 3)), dict(a="a")),
-            (maps(u=(8, 3), v=(8, 4), w=(4, 5)), dict(v="b", w="d")),
-            (maps(a=(8, 4), b=(8, 4)), dict(b="b")), (maps(a=(4, 3), x=(4, 6)), dict(x="d")),
-            (maps(a=(8, 3), c=(4, 5), d=(2, 9), x=(1, 9)), dict(a="a", c="d", d="e"))):
-        assert S.matched_layers(student, teacher) == pairs
+    for student, same, mapped in (
+            (teacher, dict(zip("abcde", "abcde")), {}), (maps(a=(8, 3), x=(8, 3)), dict(a="a"), {}),
+            (maps(u=(8, 3), v=(8, 4), w=(4, 5)), {}, dict(v="b", w="d")),
+            (maps(a=(8, 4), b=(8, 4)), {}, dict(b="b")), (maps(a=(4, 3), x=(4, 6)), {}, dict(x="d")),
+            (maps(a=(8, 3), c=(4, 5), d=(2, 9), x=(1, 9)), dict(a="a"), dict(c="d", d="e"))):
+        assert S.matched_layers(student, teacher) == (same, mapped)
 
 @checks(**B_K)
 def distillation_is_equation_10(S, B=4, K=3, seed=0):
@@ -1144,7 +1144,7 @@ def other_layers_are_mapped_and_the_same_are_not(S):
         S.forward(student, normal, train=True, watch=fired.__setitem__)
         losses = [(S.rate_matching if k == its and width == 2 else S.rate_mapping)(
             fired[k], outputs[its], 2, V[its], 1.3)[0]
-            for k, its in S.matched_layers(fired, outputs).items()]
+            for pairs in S.matched_layers(fired, outputs) for k, its in pairs.items()]
         student = student._replace(params={k: v + 0.0 for k, v in params.items()})
         loss = S.distillation_step(student, {}, x, teacher, 4., 1., 0., 3., 20., V)[2]
         assert_close(loss, 20 * np.mean(losses))
@@ -1472,11 +1472,12 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
      "layers_are_matched_by_name_or_else_by_resolution"),
     ("teacher[k].shape[1:] == student[k].shape[1:]", "teacher[k].shape[3] == student[k].shape[3]",
      "layers_are_matched_by_name_or_else_by_resolution"),
-    ("same = layer == its and z.shape[1:] == y.shape[1:]", "same = z.shape[1:] == y.shape[1:]",
+    ("rate_mapping if layer in mapped else match", "match if z.shape[1:] == y.shape[1:] else "
+     "rate_mapping", "other_layers_are_mapped_and_the_same_are_not"),
+    ("rate_mapping if layer in mapped else match", "rate_mapping",
      "other_layers_are_mapped_and_the_same_are_not"),
-    ("same = layer == its and z.shape[1:] == y.shape[1:]", "same = False",
+    ('student.params.get(layer + ".amplitude", 1.0)', "1.0",
      "other_layers_are_mapped_and_the_same_are_not"),
-    ("student.params.get(A, 1.0))", "1.0)", "other_layers_are_mapped_and_the_same_are_not"),
     ("w_rate * sum(rates) /", "w_rate * sum(rates) * ", "distillation_gradient_option_A"),
     ("(w_rate / len(rates), dz)", "(w_rate / len(thresholds), dz)",
      "distillation_gradient_option_A"),
