@@ -1869,38 +1869,41 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
     kept = None if shortcut is None else shortcut.reshape(z.shape)
     scale, shift = _row(gamma * inv, v), _row(beta - gamma * inv * mean, v)
     chunk = images_a_chunk(v[0], chunk)
-    def drive(i, j, out):  # batch norm and shortcut
-        np.multiply(v[:, i:j], scale, out=out)
+    def drive(t, i, j, out):  # batch norm and shortcut
+        np.multiply(v[t % len(v), i:j], scale, out=out)
         out += shift
         if kept is not None:
-            out += kept[:, i:j]
+            out += kept[t, i:j]
         return out
     if isinstance(activation, Neuron):
         lam, v_th, hard = activation.lam, float(v_th), activation.reset == "hard"
         surrogate = SURROGATES[activation.surrogate][1]
-        def membranes(i, j):  # (T, ..) as in lif
-            u = drive(i, j, np.empty(z[:, i:j].shape, dtype))
-            u[0] += lam * activation.v_init * v_th
-            for t in range(1, T):
-                carried = (u[t - 1] * (u[t - 1] < v_th) if hard else
-                           u[t - 1] - (u[t - 1] >= v_th) * dtype.type(v_th))
-                carried *= lam
-                u[t] += carried
-            return u
+        def membranes(i, j):  # before reset, step by step, as in lif
+            carried = lam * activation.v_init * v_th
+            for t in range(T):
+                if t:
+                    carried = u * (u < v_th) if hard else u - (u >= v_th) * dtype.type(v_th)
+                    carried *= lam
+                u = drive(t, i, j, np.empty_like(z[t, i:j]))
+                u += carried
+                yield u
         def forward(i, j):
-            np.multiply(membranes(i, j) >= v_th, dtype.type(amplitude), out=z[:, i:j])
+            for t, u in enumerate(membranes(i, j)):
+                np.multiply(u >= v_th, dtype.type(amplitude), out=z[t, i:j])
         def activation_back(i, j, dz, dv):
-            u, du = membranes(i, j), np.multiply(dz[:, i:j], amplitude / v_th, out=dv[:, i:j])
-            du *= surrogate(u * (1 / v_th) - 1)
-            for t in reversed(range(T - 1)):
-                dkept = lam * du[t + 1]
-                du[t] += dkept * (u[t] < v_th) if hard else dkept
+            u, du = [*membranes(i, j)], dv[:, i:j]
+            for t in reversed(range(T)):
+                np.multiply(dz[t, i:j], amplitude / v_th, out=du[t])
+                du[t] *= surrogate(u[t] * (1 / v_th) - 1)
+                if t + 1 < T:
+                    dkept = lam * du[t + 1]
+                    du[t] += dkept * (u[t] < v_th) if hard else dkept
             if len(v) < T:
                 dv[0, i:j] = du.sum(0)
     else:
         slope = dtype.type(FAST_SLOPES[activation])
         def forward(i, j):
-            y = drive(i, j, z[:, i:j])
+            y = drive(0, i, j, z[0, i:j])
             np.maximum(y, y * slope, out=y)
         def activation_back(i, j, dz, dv):
             np.maximum(z[0, i:j] > 0, slope, out=dv[0, i:j])
