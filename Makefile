@@ -30,6 +30,7 @@ test: $(VENV)/ready
 	$(RUN) -m pytest -q test_stars.py
 
 torture: $(VENV)/ready
+	$(PIP) pillow safetensors
 	STARS_TORTURE=1 $(RUN) -m pytest -q -s test_stars.py -k torture
 
 ablation: $(VENV)/extras

@@ -3745,8 +3745,8 @@ def ablation_table(rows):
                f"{100 * np.mean([row['firing_rate'] for row in mine]):.1f} | "
                f"{np.mean([row['energy_uj'] for row in mine]):.1f} |")
 
-def ablation_figure(rows, real, path):
-    """Accuracy against images seen; exceedances, layer by layer, beside those of real images."""
+def ablation_figure(rows, real, targets, path):
+    """Accuracy against images seen; exceedances and their targets, layer by layer, over real's."""
     try:
         from matplotlib import figure
     except ImportError:
@@ -3764,9 +3764,11 @@ def ablation_figure(rows, real, path):
             axis.plot([e[k] / r[k] for e, r in zip(row["exceedances"], real)], **style)
     for k, axis in enumerate(axes[1:]):
         axis.axhline(1, color="black", linewidth=0.8)
+        axis.plot([t[k] / r[k] for t, r in zip(targets, real)], "k:", label="target of Eq. (8)")
         axis.set(xlabel="batch norm of the teacher, from the input",
                  title=f"exceedance of {stars.Tail.kappa[k]} sd, real images = 1", ylim=(0, 1.6))
     axes[0].legend()
+    axes[3].legend(handles=axes[3].lines[-1:])
     page.savefig(path, dpi=110)
 
 def ablation(argv):
@@ -3803,11 +3805,14 @@ def ablation(argv):
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
     if a.save:
-        real = layer_exceedances(cell_settings(Path(rows[0]["folder"]))[1], test[0][:512])
+        teacher = cell_settings(Path(rows[0]["folder"]))[1]
+        real, classes = layer_exceedances(teacher, test[0][:512]), [*teacher.params.values()][-1].size
+        targets = stars.Tail().targets(len(real), classes).tolist()
         command = f"python test_stars.py ablation {shlex.join(argv)}"
         Path(a.save + ".json").write_text(stars.to_json(dict(
-            command=command, rows=rows, exceedances_of_real_images=real)) + "\n")
-        ablation_figure(rows, real, a.save + ".png")
+            command=command, rows=rows, exceedances_of_real_images=real,
+            targets_of_equation_8=targets)) + "\n")
+        ablation_figure(rows, real, targets, a.save + ".png")
 
 def test_the_ablation_runs_each_cell_once(folder, capfd):
     x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
@@ -3822,6 +3827,7 @@ def test_the_ablation_runs_each_cell_once(folder, capfd):
     assert [row["curve"][-1][0] for row in result["rows"]] == 4 * [2 * 2 * 8]  # images seen
     layers = len(stars.batch_norms(stars.load_weights("teacher.npz")[0]))
     assert np.shape([row["exceedances"] for row in result["rows"]]) == (4, layers, 3)
+    assert result["targets_of_equation_8"] == stars.Tail().targets(layers, 10).tolist()
     accuracy = [100 * row["accuracy"] for row in result["rows"]]  # of bn, real, bn, real
     table = capfd.readouterr().out
     assert f"| {accuracy[1] - accuracy[0]:+.2f}, {accuracy[3] - accuracy[2]:+.2f} |" in table
