@@ -3808,7 +3808,8 @@ def ablation(argv):
         raise SystemExit(f"failed: {', '.join(failed)}")
     if a.save:
         teacher = cell_settings(Path(rows[0]["folder"]))[1]
-        real, classes = layer_exceedances(teacher, test[0][:512]), [*teacher.params.values()][-1].size
+        real = layer_exceedances(teacher, test[0][:512])
+        classes = stars.predict(teacher, test[0][:1])[0].shape[1]
         targets = stars.Tail().targets(len(real), classes).tolist()
         command = f"python test_stars.py ablation {shlex.join(argv)}"
         Path(a.save + ".json").write_text(stars.to_json(dict(
