@@ -3104,6 +3104,27 @@ def test_bench_reports_its_keys(capsys):
     assert set(last_json(out)) == {"distill_step_s", "synthesis_step_s", "teacher_forward_s",
                                    "student_forward_s", "images_per_s", "gflops", "peak_mib"}
 
+def test_bench_counts_operations_and_bytes():
+    a = types.SimpleNamespace(arch="resnet8", student_arch="", T=2, batch=4, threads=1,
+                              device="cpu", tf32=False)
+    row, first = bench_limits(a), 32 * 32 * 16  # numbers of the first layer
+    teacher, net = 3 * first + 2 * first / 2 + 2 * first / 4, stars.Net(
+        stars.init_weights(stars.weight_shapes("resnet8", 10), np.random.default_rng(0)))
+    student, before = 2 * teacher - first, stars.macs(net, 32)  # of which the convolution runs once
+    spiking = stars.macs(net._replace(T=2, activation=stars.Neuron()), 32)
+    numbers = {k: row[k][1] * row["bytes"] / (4 * a.batch) for k in BENCHED[:4]}
+    macs = {k: row[k][0] * row["flops"] / (2 * a.batch) for k in BENCHED[:4]}
+    assert numbers["teacher_forward_s"] == pytest.approx(2 * teacher)
+    assert numbers["student_forward_s"] == pytest.approx(3 * student + 2 * 2 * teacher)
+    assert numbers["distill_step_s"] == pytest.approx(2 * teacher + 7 * student + 6 * 2 * teacher)
+    generator = 64 * 64 + 16 * 16 * 64 + 32 * 32 * 32 + 32 * 32 * 3
+    assert numbers["synthesis_step_s"] == pytest.approx(
+        2 * (teacher + student) + 4 * (teacher + 2 * teacher) + 13 * generator)
+    generator = 64 * 64 * 256 + 9 * (64 * 64 * 16 * 16 + 32 * 64 * 32 * 32 + 3 * 32 * 32 * 32)
+    assert macs["teacher_forward_s"] == pytest.approx(before)
+    assert macs["distill_step_s"] == pytest.approx(before + 3 * spiking)
+    assert macs["synthesis_step_s"] == pytest.approx(2 * before + 2 * spiking + 3 * generator)
+
 def test_shapes_are_ten_balanced_classes_that_depend_on_the_seed():
     x, y = stars.draw_shapes(500, 0)
     assert x.shape == (500, 32, 32, 3) and x.dtype == np.uint8 and set(y) == set(range(10))
@@ -3598,6 +3619,48 @@ def peer_bench(a):
               (stars.linux_says("VmHWM:") - before) / 1024)
     return dict(zip(BENCHED, values))
 
+def bench_limits(a):
+    """What the machine does a second, and the least seconds of each step at that: (operations,
+    bytes). flops: of large matrix products; bytes: read and written by copies, both on all threads.
+    Operations of a step: its multiply-adds, as direct convolutions, times two, and as many again
+    for each gradient asked for. Bytes: convolution and batch norm with activation are a kernel
+    each, and no map fits the cache. A layer whose convolution gives A numbers and whose activation
+    Z then costs 7 A + 6 Z of them in train mode, forward alone 3 A + 2 Z; in eval mode 2 A + 4 Z
+    with a way back to the images, and 2 Z, all in one kernel, without."""
+    stars.use_device(a.device, a.tf32)
+    xp, on_gpu, stars.THREADS = stars.xp, a.device == "gpu", a.threads
+    parts = 1 if on_gpu else a.threads
+    m = xp.ones((8192 if on_gpu else 1024,) * 2, np.float32)
+    x, y = xp.ones((2, parts, 2 ** 28 if on_gpu else 2 ** 24), np.float32)
+
+    def fastest(job):
+        once = lambda: (stars.parallel(job, parts, 1), stars.to_host(x[0, :1]))
+        return min(timeit.repeat(once, number=1, repeat=9))
+
+    flops = 2 * len(m) ** 3 * parts / fastest(lambda i, j: m @ m)
+    copied = 2 * x.nbytes / fastest(lambda i, j: xp.copyto(y[i], x[i]))
+    counts, rng = [], np.random.default_rng(0)
+    for arch, how in (a.arch, ()), (a.student_arch or a.arch, (stars.Neuron(), a.T)):
+        weights = stars.init_weights(stars.weight_shapes(arch, 10), rng)
+        net, maps = stars.Net(stars.on_device(weights), *how), {"A": 0, "Z": 0}
+
+        def count(name, value):
+            maps[name] += value.size
+
+        stars.forward(net, xp.zeros((1, 32, 32, 3), np.float32), need="",
+                      tap=lambda _, a: count("A", a), watch=lambda _, z: count("Z", z))
+        counts += [stars.macs(net, 32), maps["A"], maps["Z"]]
+    shapes = stars.generator_shapes(32, 64, 256)
+    convs = [(side ** 2, shapes[f"conv{i}.weight"]) for i, side in ((1, 16), (2, 32), (3, 32))]
+    g = math.prod(shapes["fc.weight"]) + sum(area * math.prod(w) for area, w in convs)
+    gA = shapes["fc.weight"][0] + sum(area * w[0] for area, w in convs)
+    t, tA, tZ, s, sA, sZ = counts
+    steps = ((t + 3 * s, 2 * tZ + 7 * sA + 6 * sZ),
+             (2 * t + 2 * s + 3 * g, 2 * (tA + sA) + 4 * (tZ + sZ) + 13 * gA),
+             (t, 2 * tZ), (s, 3 * sA + 2 * sZ))
+    least = [(2 * a.batch * macs / flops, 4 * a.batch * n / copied) for macs, n in steps]
+    return dict(flops=flops, bytes=copied) | dict(zip(BENCHED, least))
+
 def machine():
     model = None
     with contextlib.suppress(OSError):
@@ -3622,7 +3685,7 @@ def bench(argv):
     a = cli.parse_args(argv)
     a.threads = a.threads or stars.cores()
     if a.format:  # in a process of its own
-        return print(json.dumps(peer_bench(a)))
+        return print(json.dumps((bench_limits if a.format == "limits" else peer_bench)(a)))
     flags = [text for name in ("arch", "student_arch", "T", "batch", "threads", "device")
              if getattr(a, name) for text in ("--" + name.replace("_", "-"), str(getattr(a, name)))]
     flags += ["--tf32"] * a.tf32
@@ -3646,12 +3709,20 @@ def bench(argv):
                   flush=True)
     medians = {name: {k: float(np.median([row[k] for row in rows[name]])) for k in BENCHED}
                for name in rows}
+    run = subprocess.run([*theirs["contiguous"][:-1], "limits"], stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise SystemExit(run.returncode)
+    limits = json.loads(run.stdout.splitlines()[-1])
+    print("a second: {flops:.3g} operations of matrix products, {bytes:.3g} bytes of copies, read and "
+          "written;\nbelow, the seconds that those of a step need at least".format(**limits))
     best = min(theirs, key=lambda f: sum(medians[f][k] for k in BENCHED[:2]))
     print(f"medians of {a.rounds} rounds, paired ratios to PyTorch {best} (its best variant)\n"
-          f"{'':18} {'stars.py':>9} {'PyTorch':>9} {'ratio':>7}  ratio of each round")
+          f"{'':18} {'operations':>10} {'bytes':>9} {'stars.py':>9} {'PyTorch':>9} {'ratio':>7}  "
+          "of each round")
     for k in BENCHED:
         ratios = [x[k] / y[k] for x, y in zip(rows["stars.py"], rows[best])]
-        print(f"{k:18} {medians['stars.py'][k]:9.4g} {medians[best][k]:9.4g} "
+        least = "{:10.4g} {:9.4g}".format(*limits[k]) if k in limits else " " * 20
+        print(f"{k:18} {least} {medians['stars.py'][k]:9.4g} {medians[best][k]:9.4g} "
               f"{np.median(ratios):7.2f}  {' '.join(f'{r:.2f}' for r in ratios)}")
 
 # ---- 12  The ablation: python test_stars.py ablation ---------------------------------------------
