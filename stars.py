@@ -998,6 +998,8 @@ def read_npz(path, names=None, limit=2**29):
                 shape, fortran, dtype = formats.read_array_header_1_0(file)  # 2 is of structures
                 require(dtype.kind in ("U" if name == "info" else "fiub"), f"{name} is {dtype}")
                 array = np.frombuffer(file.read(), dtype)  # raises, as reshape, if sizes disagree
+                require(dtype.kind != "U" or array.view(dtype.str[0] + "u4").max(initial=0)
+                        <= sys.maxunicode, f"{name} has characters that do not exist")
                 arrays[name] = array.reshape(shape, order="F" if fortran else "C")
     return arrays
 

@@ -2484,6 +2484,11 @@ def test_hostile_files_of_weights_are_refused(tmp_path):
     for text in ("[1]", "3", "{", '"a"', "[" * 100_000, "\ud800"):
         np.savez(path, info=np.array(text))
         check("info")
+    codes = np.array([*map(ord, '{"arch": "'), 0x1000000, *map(ord, '"}')], np.uint32)
+    for order in "<>":  # NumPy makes a str of it that Python cannot print
+        text = codes.astype(order + "u4").view(f"{order}U{len(codes)}")
+        np.savez(path, info=text.reshape(()), **{"linear.weight": np.ones((10, 64))})
+        check("info has characters that do not exist")
     for wrong in (math.nan, math.inf, -math.inf, 1e300):
         np.savez(path, **{"a.weight": np.ones(3), "b.weight": np.array([[1., wrong]])})
         check("b.weight is not finite")
