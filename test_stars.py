@@ -3113,9 +3113,11 @@ def test_bench_counts_operations_and_bytes():
     a = types.SimpleNamespace(arch="resnet8", student_arch="", T=2, batch=4, threads=1,
                               device="cpu", tf32=False)
     row, first = bench_limits(a), 32 * 32 * 16  # numbers of the first layer
-    teacher, net = 3 * first + 2 * first / 2 + 2 * first / 4, stars.Net(
-        stars.init_weights(stars.weight_shapes("resnet8", 10), np.random.default_rng(0)))
-    student, before = 2 * teacher - first, stars.macs(net, 32)  # of which the convolution runs once
+    teacher = 3 * first + 2 * first / 2 + 2 * first / 4
+    student = 2 * teacher - first  # the first convolution runs once
+    weights = stars.init_weights(stars.weight_shapes("resnet8", 10), np.random.default_rng(0))
+    net = stars.Net(weights)
+    before = stars.macs(net, 32)
     spiking = stars.macs(net._replace(T=2, activation=stars.Neuron()), 32)
     numbers = {k: row[k][1] * row["bytes"] / (4 * a.batch) for k in BENCHED[:4]}
     macs = {k: row[k][0] * row["flops"] / (2 * a.batch) for k in BENCHED[:4]}
@@ -3633,7 +3635,7 @@ def bench_limits(a):
     Z then costs 7 A + 6 Z of them in train mode, forward alone 3 A + 2 Z; in eval mode 2 A + 4 Z
     with a way back to the images, and 2 Z, all in one kernel, without."""
     stars.use_device(a.device, a.tf32)
-    xp, on_gpu, stars.THREADS = stars.xp, a.device == "gpu", a.threads
+    xp, on_gpu = stars.xp, a.device == "gpu"
     parts = 1 if on_gpu else a.threads
     m = xp.ones((8192 if on_gpu else 1024,) * 2, np.float32)
     x, y = xp.ones((2, parts, 2 ** 28 if on_gpu else 2 ** 24), np.float32)
@@ -3647,14 +3649,10 @@ def bench_limits(a):
     counts, rng = [], np.random.default_rng(0)
     for arch, how in (a.arch, ()), (a.student_arch or a.arch, (stars.Neuron(), a.T)):
         weights = stars.init_weights(stars.weight_shapes(arch, 10), rng)
-        net, maps = stars.Net(stars.on_device(weights), *how), {"A": 0, "Z": 0}
-
-        def count(name, value):
-            maps[name] += value.size
-
+        net, A, Z = stars.Net(stars.on_device(weights), *how), [], []
         stars.forward(net, xp.zeros((1, 32, 32, 3), np.float32), need="",
-                      tap=lambda _, a: count("A", a), watch=lambda _, z: count("Z", z))
-        counts += [stars.macs(net, 32), maps["A"], maps["Z"]]
+                      tap=lambda _, a: A.append(a.size), watch=lambda _, z: Z.append(z.size))
+        counts += [stars.macs(net, 32), sum(A), sum(Z)]
     shapes = stars.generator_shapes(32, 64, 256)
     convs = [(side ** 2, shapes[f"conv{i}.weight"]) for i, side in ((1, 16), (2, 32), (3, 32))]
     g = math.prod(shapes["fc.weight"]) + sum(area * math.prod(w) for area, w in convs)
@@ -3679,6 +3677,13 @@ def machine():
             f"set: {variables or 'no OPENBLAS_, OMP_ or MKL_ variable'}\n"
             f"torch {torch.__version__ if torch else 'is not installed'}"
             f"{torch and torch.cuda.is_available() and ', ' + torch.cuda.get_device_name() or ''}")
+
+def last_row(command):
+    """What a process prints last, as JSON; ends with its code, if it fails."""
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:  # it has said why
+        raise SystemExit(run.returncode)
+    return json.loads(run.stdout.splitlines()[-1])
 
 def bench(argv):
     """Rounds of stars.py and the peer in both memory formats, alternately, and their ratios."""
@@ -3705,21 +3710,15 @@ def bench(argv):
     rows = {name: [] for name in ("stars.py", *theirs)}
     for i in range(a.rounds):
         for name, command in {"stars.py": ours + ["--json", "--quiet"], **theirs}.items():
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if run.returncode:  # it has said why
-                raise SystemExit(run.returncode)
-            row = json.loads(run.stdout.splitlines()[-1])
+            row = last_row(command)
             rows[name].append({k: row[k] or math.nan for k in BENCHED})
             print(f"round {i + 1} {name:13}", *(f"{k} {rows[name][-1][k]:.3f}" for k in BENCHED),
                   flush=True)
     medians = {name: {k: float(np.median([row[k] for row in rows[name]])) for k in BENCHED}
                for name in rows}
-    run = subprocess.run([*theirs["contiguous"][:-1], "limits"], stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        raise SystemExit(run.returncode)
-    limits = json.loads(run.stdout.splitlines()[-1])
-    print("a second: {flops:.3g} operations of matrix products, {bytes:.3g} bytes of copies, read and "
-          "written;\nbelow, the seconds that those of a step need at least".format(**limits))
+    limits = last_row([*theirs["contiguous"][:-1], "limits"])
+    print("a second: {flops:.3g} operations of matrix products, {bytes:.3g} bytes of copies, read "
+          "and written;\nbelow, the seconds that those of a step need at least".format(**limits))
     best = min(theirs, key=lambda f: sum(medians[f][k] for k in BENCHED[:2]))
     print(f"medians of {a.rounds} rounds, paired ratios to PyTorch {best} (its best variant)\n"
           f"{'':18} {'operations':>10} {'bytes':>9} {'stars.py':>9} {'PyTorch':>9} {'ratio':>7}  "
