@@ -45,7 +45,7 @@ xp = np  # the array module of every function below: numpy, or cupy after use_de
 
 def use_device(name="auto", tf32=False):
     """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there,
-    with products in TF32 if tf32 (the first call decides).   -> "cpu" or "gpu".
+    with products in TF32 if tf32 (the first product decides).   -> "cpu" or "gpu".
     RuntimeError: no "gpu" is there."""
     global xp
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
@@ -91,8 +91,8 @@ def conv2d(x, w, stride=1, need="xp"):
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
     require(stride in (1, 2), f"stride must be 1 or 2, not {stride!r}")
-    if fast(x):
-        return fast_conv2d(x, w, stride, need)
+    if fast(x) and (xp is np or tensor_cores()):
+        return (fast_conv2d if xp is np else gpu_conv2d)(x, w, stride, need)
     (N, H, W, C), (K, _, R, S) = x.shape, w.shape
     P, Q = R // 2, S // 2
     padded = xp.pad(x, ((0, 0), (P, P), (Q, Q), (0, 0)))
@@ -1091,7 +1091,7 @@ class Config:
     out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>")
     json: bool = flag(False, "end stdout with one JSON object")
     quiet: bool = flag(False, "no progress")
-    tf32: bool = flag(False, "let a GPU multiply matrices in TF32: faster, less exact")
+    tf32: bool = flag(False, "let a GPU multiply in TF32: faster, less exact")
     threads: int = flag(0, "worker threads on the CPU; default one for each core")
     teacher: str = flag("", "file of the ANN, .npz or .safetensors; default a shipped one", "d")
     arch: str = flag("", "of the ANN", choices=("", *ARCHITECTURES))
@@ -1698,31 +1698,30 @@ def keep_pages():
 
 def images_a_chunk(x, chunk):
     """On the CPU at least four chunks, if there are as many images, whatever the threads."""
-    most = CHUNK_BYTES if xp is np else 2 ** 26  # of which 3x3 windows take nine times as much
-    return chunk or max(1, min(-(-len(x) // 4) if xp is np else len(x), most // x[0].nbytes))
+    most = min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes) if xp is np else len(x)
+    return chunk or max(1, most)
 
 # -- convolution: each of the two ways returns what it does with a chunk of images:
 #    forward(x, y), backward(x, dy, dx) -> a part of dw, and gather(sum of parts) -> dw
 def fast_conv2d(x, w, stride=1, need="xp", chunk=None):
     """conv2d of section 2: Winograd for 3x3, stride 1 and even H, else im2col a chunk."""
-    three = xp is np and w.shape[2:] == (3, 3) and stride == 1 and x.shape[1] % 2 == 0
-    (N, H, W, C), (h, v) = x.shape, (-(-n // stride) for n in x.shape[1:3])
-    sizes = dict(C=C, H=H, W=W, h=h, w=v, R=w.shape[2], S=w.shape[3], D=stride)
-    forward, backward, gather = (_winograd if three else _im2col)(w, stride, need, sizes)
-    y = xp.empty((N, h, v, len(w)), w.dtype)
+    three = w.shape[2:] == (3, 3) and stride == 1 and x.shape[1] % 2 == 0
+    N, *sizes = len(x), *(-(-n // stride) for n in x.shape[1:3]), len(w)
+    forward, backward, gather = (_winograd if three else _im2col)(w, stride, need)
+    y = np.empty((N, *sizes), w.dtype)
     chunk = images_a_chunk(x if x.size > y.size else y, chunk)
     parallel(lambda i, j: forward(x[i:j], y[i:j]), N, chunk)
-    kept = x if "p" in need else np.empty((N, 0))
+    shape, kept = x.shape, x if "p" in need else np.empty((N, 0))
     def back(dy):
-        dx = xp.empty((N, H, W, C), dy.dtype)
+        dx = np.empty(shape, dy.dtype)
         dw = parallel(lambda i, j: backward(kept[i:j], dy[i:j], dx[i:j]), N, chunk)
         return (dx if "x" in need else None,
-                xp.ascontiguousarray(gather(sum(dw[1:], dw[0]))) if "p" in need else None)
+                np.ascontiguousarray(gather(sum(dw[1:], dw[0]))) if "p" in need else None)
     return y, back
 
-def _im2col(w, stride, need, sizes):
+def _im2col(w, stride, need):
     (K, C, R, S), P, Q = w.shape, w.shape[2] // 2, w.shape[3] // 2
-    flat = xp.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
+    flat = np.ascontiguousarray(w.transpose(2, 3, 1, 0).reshape(-1, K))
     margins = (0, 0), (P, P), (Q, Q), (0, 0)
     def windows(padded):  # (n, h, v, R, S, C)
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
@@ -1735,13 +1734,7 @@ def _im2col(w, stride, need, sizes):
         for r, s in np.ndindex(R, S):
             into[:, :, :, r, s] += dwindows[:, :, :, r, s]
         dx[...] = padded[:, P:P + dx.shape[1], Q:Q + dx.shape[2]]
-    if xp is not np:
-        fold = lambda dcolumns, dx: launch("fold", dx.size, dcolumns, dx, **sizes)
-        def columns(x):
-            y = xp.empty((len(x) * sizes["h"] * sizes["w"], len(flat)), x.dtype)
-            launch("columns", y.size, x, y, **sizes)
-            return y
-    forward = lambda x, y: xp.matmul(columns(x), flat, out=y.reshape(-1, K))
+    forward = lambda x, y: np.matmul(columns(x), flat, out=y.reshape(-1, K))
     def backward(x, dy, dx):
         d = dy.reshape(-1, K)
         if "x" in need:
@@ -1805,7 +1798,7 @@ def _pairs(dy, most):
     np.subtract(e, o, out=difference)
     return lines
 
-def _winograd(w, stride, need, sizes):
+def _winograd(w, stride, need):
     most = 4096 // max(w.shape[:2]) if max(w.shape[:2]) <= 64 else 2 ** 31  # see _products
     kernel = _kernel(w)
     turned = _kernel(w[:, :, ::-1, ::-1].swapaxes(0, 1)) if "x" in need else None
@@ -1977,10 +1970,13 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
 def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
     """Eq. (12) as rate_matching of section 5, without T copies of its gradient."""
     v, y = z.reshape(T, len(y), -1), y.reshape(len(y), -1)
-    gap, chunk = xp.empty_like(y), images_a_chunk(y, chunk)
+    gap, chunk = xp.empty(y.shape, y.dtype), images_a_chunk(y, chunk)
     def part(i, j):
-        xp.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
-        gap[i:j] -= xp.clip(y[i:j] * (1 / v_th), 0, 1)
+        if xp is np:
+            np.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
+            gap[i:j] -= np.clip(y[i:j] * (1 / v_th), 0, 1)
+        else:  # one range
+            launch("rate", y.size, v, y, gap, 1 / (T * float(amplitude)), 1 / float(v_th), T=T)
         return xp.vdot(gap[i:j], gap[i:j])
     loss = sum(parallel(part, len(y), chunk)) / gap.size
     def back(dloss, dz):
@@ -1994,38 +1990,117 @@ def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
 
 # -- GPU: thread i of n computes one number. e is x - mean, y normalised; sizes are compiled in.
 
+# In PTX: x to TF32; D (16, 8) += A (16, 8) B (8, 8), spread over the 32 threads of a warp; a copy
+# of n numbers to shared memory, zeros unless inside, that goes on while the thread does; its end.
+DEVICE = """
+#define bits(x) __float_as_uint(x)
+__device__ float tf32(float x, bool nearest) {
+    unsigned y = bits(x) & 0xffffe000;
+    if (nearest) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+__device__ void mma(float* d, const float* a, const float* b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b[0])),
+          "r"(bits(b[1])));
+}
+template <int n> __device__ void copy(float* to, const float* from, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(
+        (unsigned) __cvta_generic_to_shared(to)), "l"(from), "n"(4 * n), "r"(inside ? 4 * n : 0)
+        : "memory");
+}
+__device__ void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+"""
+
 NORM = """int c = i % C;
     real inv = 1 / sqrt(var[c] + real(1e-5)), sign = gamma[c] > 0 ? 1 : gamma[c] < 0 ? -1 : 0;"""
 
-STEPS = NORM + """
+STEPS = """
     real u = start;
     for (int t = 0; t < T; t++) {
-        real drive = gamma[c] * inv * (a[FIRST ? i : t * n + i] - mean[c]) + beta[c];
-        if (SHORTCUT) drive += shortcut[t * n + i];
+        real drive = gamma[c] * inv * (a[FIRST ? i : t * size + i] - mean[c]) + beta[c];
+        if (SHORTCUT) drive += shortcut[t * size + i];
         u = lam * u + drive;"""
 
 KERNELS = {  # name: (arguments, body)
-    # windows (N, h, w, R, S, C) of x (N, H, W, C), zeros around it, every D pixels
-    "columns": ("in x, out y", """
-        int e = i % (S * C), r = i / (S * C) % R, b = i / (S * C * R) % w, m = i / (S * C * R * w);
-        int row = m % h * D + r - R / 2, at = (b * D - S / 2) * C + e;
-        bool inside = row >= 0 && row < H && at >= 0 && at < W * C;
-        y[i] = inside ? x[(m / h * H + row) * W * C + at] : 0;"""),
-    # its adjoint: each pixel adds up what the windows have of it
-    "fold": ("in y, out x", """
-        int c = i % C, b = i / C % W + S / 2, a = i / (C * W) % H + R / 2, m = i / (C * W * H);
-        real sum = 0;
-        for (int r = a % D; r < R && r <= a; r += D)
-            for (int s = b % D; s < S && s <= b; s += D)
-                if ((a - r) / D < h && (b - s) / D < w)
-                    sum += y[((((m * h + (a - r) / D) * w + (b - s) / D) * R + r) * S + s) * C + c];
-        x[i] = sum;"""),
+    # windows (N, h, w, taps) of x (N, H, W, C), every D pixels, zeros around it, if U is 2 between
+    # its pixels; taps: (C / GROUP, R, S, GROUP). Their product with b (taps, K) or, if DW, that of
+    # their transpose with b (N, h, w, K), in parts. A block makes ROWS x BN of y, 16 taps or pixels
+    # at a time, a warp 16 M x BN / M of them; LINE spreads a column over the banks of the memory
+    "windows": ("in x, in b, out y, int pixels, int span", """
+        const int TAPS = R * S * C, M = BN > 32 && !DW ? 2 : 1, J = BN / M / 8, ROWS = THREADS / 2;
+        const int WIDE = DW ? ROWS : 16, LINE = WIDE + (DW ? 8 : 4), LINE_B = BN + 8;
+        alignas(16) __shared__ float A[2][ROWS * 16 / WIDE * LINE], B[2][16 * LINE_B];
+        int rows = DW ? TAPS : pixels, down = (rows + ROWS - 1) / ROWS, across = (K + BN - 1) / BN;
+        int i0 = blockIdx.x / across % down * ROWS, j0 = blockIdx.x % across * BN;
+        int part = blockIdx.x / (across * down), begin = part * span;
+        int end = min(DW ? pixels : TAPS, begin + span), thread = threadIdx.x;
+        int group = thread % 32 / 4, member = thread % 4, warp = thread / 32;
+        int wi = warp / M * M * 16 + group, wj = warp % M * (BN / M);
+        float sum[M][J][4] = {};
+        auto load = [&](unsigned k0, float* A, float* B) {
+            for (int u = 0; u < 8 / VA; u++) {
+                unsigned e = (u * THREADS + thread) * VA, line = e / WIDE, at = e % WIDE;
+                unsigned p = (DW ? k0 : i0) + line, q = (DW ? i0 : k0) + at;
+                unsigned row = p / w % h * D + q / (GROUP * S) % R - R / 2;  // large if above
+                unsigned column = p % w * D + q / GROUP % S - S / 2;
+                unsigned c = q / (GROUP * S * R) * GROUP + q % GROUP;
+                bool inside = p < pixels && q < TAPS && row < H * U && column < W * U &&
+                              row % U == 0 && column % U == 0;
+                size_t pixel = (p / (w * h) * H + row / U) * W + column / U;
+                copy<VA>(A + line * LINE + at, x + (inside ? pixel * C + c : 0), inside);
+            }
+            for (int u = 0; u < BN * 16 / VB; u += THREADS) {
+                unsigned e = (u + thread) * VB, k = k0 + e / BN, j = j0 + e % BN;
+                bool inside = k < end && j < K;
+                if (e < BN * 16)
+                    copy<VB>(B + e / BN * LINE_B + e % BN, b + (inside ? size_t(k) * K + j : 0),
+                             inside);
+            }
+        };
+        load(begin, A[0], B[0]);
+        for (int k0 = begin, at = 0; k0 < end; k0 += 16, at ^= 1) {
+            copied();
+            __syncthreads();
+            if (k0 + 16 < end) load(k0 + 16, A[at ^ 1], B[at ^ 1]);
+            for (int step = 0; step < 16; step += 8) {
+                float a[2][M][4], b[2][J][2];  // TF32, and of float32 what it leaves
+                for (int m = 0; m < M; m++)
+                    for (int v = 0; v < 4; v++) {
+                        int i = wi + m * 16 + v % 2 * 8, k = step + member + v / 2 * 4;
+                        float x = A[at][DW ? k * LINE + i : i * LINE + k];
+                        a[0][m][v] = tf32(x, TF32), a[1][m][v] = tf32(x - a[0][m][v], false);
+                    }
+                for (int j = 0; j < J; j++)
+                    for (int v = 0; v < 2; v++) {
+                        float x = B[at][(step + member + v * 4) * LINE_B + wj + j * 8 + group];
+                        b[0][j][v] = tf32(x, TF32), b[1][j][v] = tf32(x - b[0][j][v], false);
+                    }
+                for (int m = 0; m < M; m++)
+                    for (int j = 0; j < J; j++) {
+                        float d[4] = {};  // tensor cores round sums down, so they add few numbers
+                        if (!TF32) mma(d, a[1][m], b[0][j]), mma(d, a[0][m], b[1][j]);
+                        mma(TF32 ? sum[m][j] : d, a[0][m], b[0][j]);
+                        for (int v = 0; v < 4 && !TF32; v++) sum[m][j][v] += d[v];
+                    }
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < J; j++)
+                for (int v = 0; v < 4; v++) {
+                    int row = i0 + wi + m * 16 + v / 2 * 8;
+                    int column = j0 + wj + j * 8 + member * 2 + v % 2;
+                    if (row < rows && column < K)
+                        y[(size_t(part) * rows + row) * K + column] = sum[m][j][v];
+                }"""),
     # of each channel and every (n / C)-th row, sums of K terms
-    "sums": ("in d, in x, in gamma, in mean, in var, out parts, int rows", NORM + """
+    "sums": ("in x, in gamma, in mean, in var, out parts, int rows", NORM + """
         real sum[K] = {};
         #pragma unroll 4
         for (int row = i / C; row < rows; row += n / C) {
-            real e = x[row * C + c] - mean[c], y = e * inv, dy = d[row * C + c], term[] = {TERMS};
+            real e = x[row * C + c] - mean[c], y = e * inv, term[] = {TERMS};
             for (int k = 0; k < K; k++) sum[k] += term[k];
         }
         for (int k = 0; k < K; k++) parts[k * n + i] = sum[k];"""),
@@ -2038,29 +2113,46 @@ KERNELS = {  # name: (arguments, body)
         next[3 * n + i] = var[i] + momentum * (v * (count / (count - 1)) - var[i]);"""),
     # batch norm, shortcut, then Eq. (1) or, if SLOPE >= 0, the larger of x and SLOPE x
     "fire": ("in a, in gamma, in beta, in mean, in var, in shortcut, out z, real lam, real start, "
-             "real V, real A", STEPS + """
+             "real V, real A", NORM + "int size = n;" + STEPS + """
             z[t * n + i] = SLOPE < 0 ? (u >= V ? A : 0) : drive > 0 ? drive : real(SLOPE) * drive;
             if (u >= V) u = HARD ? 0 : u - V;
         }"""),
-    # dz to the gradient of what batch norm gives: Eq. (2), added up over T if FIRST
-    "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, out dy, real lam, "
-                  "real start, real V, real A", "real m[T], kept = 0, sum = 0;" + STEPS + """
-            m[t] = SLOPE < 0 ? u : drive;
-            if (u >= V) u = HARD ? 0 : u - V;
+    # dz to the gradient of what batch norm gives, Eq. (2), added up over T if FIRST; in eval mode
+    # on to that of what it gets; and each thread's sums of dy and of dy y, of one channel
+    "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, out dy, out da, "
+                  "out sums, int size, real lam, real start, real V, real A", NORM + """
+        real m[T], sum = 0, sum_y = 0;
+        for (int first = i; first < size; first += n) {
+            int i = first;""" + STEPS + """
+                m[t] = SLOPE < 0 ? u : drive;
+                if (u >= V) u = HARD ? 0 : u - V;
+            }
+            real kept = 0, over_time = 0;
+            for (int t = T - 1; t >= 0; t--) {
+                int at = FIRST ? i : t * size + i;
+                real x = m[t] / V - 1, du = dz[t * size + i];
+                if (SLOPE >= 0) du *= m[t] > 0 ? 1 : real(SLOPE);
+                else du = du * A / V * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
+                kept = lam * du;
+                over_time += du;
+                sum_y += du * (a[at] - mean[c]) * inv;
+                if (FIRST) du = over_time;  // of which the last stays
+                if (TRAIN || SHORTCUT) dy[at] = du;
+                if (!TRAIN) da[at] = gamma[c] * inv * du;
+            }
+            sum += over_time;
         }
-        for (int t = T - 1; t >= 0; t--) {
-            real x = m[t] / V - 1, du = dz[t * n + i];
-            if (SLOPE >= 0) du *= m[t] > 0 ? 1 : real(SLOPE);
-            else du = du * A / V * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
-            kept = lam * du;
-            sum += du;
-            if (!FIRST) dy[t * n + i] = du;
-        }
-        if (FIRST) dy[i] = sum;"""),
-    # adjoint of batch norm from dy and its sums, those of dy and of dy y
+        sums[i] = sum;
+        sums[n + i] = sum_y;"""),
+    # Eq. (12): the rate of spikes less the wanted one
+    "rate": ("in z, in y, out gap, real scale, real scale_y", """
+        real sum = 0;
+        for (int t = 0; t < T; t++) sum += z[size_t(t) * n + i];
+        gap[i] = sum * scale - max(real(0), min(real(1), y[i] * scale_y));"""),
+    # adjoint of batch norm in train mode, from dy and the sums of dy and of dy y
     "norm_back": ("in dy, in x, in gamma, in mean, in var, in sums, out dx, real count", NORM + """
-        real y = (x[i] - mean[c]) * inv, all = TRAIN ? (sums[c] + y * sums[C + c]) / count : 0;
-        dx[i] = gamma[c] * inv * (dy[i] - all);"""),
+        real y = (x[i] - mean[c]) * inv;
+        dx[i] = gamma[c] * inv * (dy[i] - (sums[c] + y * sums[C + c]) / count);"""),
     # Eq. (3), Eq. (8) and their gradient on the sums of y, y^2 and K tanhs from these sums
     "tap": ("in sums, in var, in pi, out losses, out dsums, real count, real w_bn, real w_tar", """
         real m, v, gap, mean_norm = 0, var_norm = 0, loss = 0;
@@ -2107,7 +2199,7 @@ CUDA_SURROGATES = dict(sigmoid="1 - tanh(2 * x) * tanh(2 * x)",
 def _compiled(name, dtype, constants):
     (arguments, body), real = KERNELS[name], "float" if dtype == np.float32 else "double"
     types = ("real", real), ("in", "const real* __restrict__"), ("out", "real* __restrict__")
-    return xp.RawKernel("\n".join([*(f"#define {k} {v}" for k, v in (*constants, *types)),
+    return xp.RawKernel("\n".join([DEVICE, *(f"#define {k} {v}" for k, v in (*constants, *types)),
                                    f'extern "C" __global__ void {name}(int n, {arguments}) {{',
                                    "int i = blockIdx.x * blockDim.x + threadIdx.x;",
                                    f"if (i >= n) return;{body} }}"]), name)
@@ -2116,22 +2208,66 @@ def launch(name, n, *arguments, **constants):
     """Run n threads of a kernel on arrays of one dtype, taken as contiguous, and numbers."""
     dtype = arguments[0].dtype
     kernel = _compiled(name, dtype, (*constants.items(),))
-    kernel((-(-n // 256),), (256,), (np.int32(n), *(
+    threads = constants.get("THREADS", 256)
+    kernel((-(-n // threads),), (threads,), (np.int32(n), *(
         np.int32(v) if isinstance(v, int) else dtype.type(v) if isinstance(v, float) else
-        xp.ascontiguousarray(v) for v in arguments)))
+        v if v.flags.c_contiguous else xp.ascontiguousarray(v) for v in arguments)))
 
-def gpu_sums(d, x, gamma, mean, var, *terms):
-    """(terms, C): of each channel of x (.., C), sums of terms in e, y and dy = d; three stages."""
+GPU_BLOCKS, GPU_THREADS = 1 << 10, 1 << 17  # to fill a GPU
+
+def tensor_cores():
+    """Whether the GPU has those of "windows"; without them the formulas multiply matrices."""
+    return int(xp.cuda.Device().compute_capability) >= 80
+
+def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
+    """The kernel of that name: x (N, H, W, C), b -> (parts, rows, K)."""
+    N, H, W, C = x.shape
+    pixels, taps, group = N * h * w, R * S * C, 16 if C % 16 == 0 else C
+    BN = 16 if K <= 16 else 32 if K <= 32 else 64
+    rows, tile = (taps, 144) if DW else (pixels, 128)
+    tiles = -(-rows // tile) * -(-K // BN)
+    span = 16 * -(-(pixels if DW else taps) // (16 * max(1, DW * GPU_BLOCKS // tiles)))
+    parts = -(-pixels // span) if DW else 1
+    y = xp.empty((parts, rows, K), x.dtype)
+    launch("windows", parts * tiles * 2 * tile, x, b, y, pixels, span, C=C, H=H, W=W, h=h, w=w, R=R,
+           S=S, D=D, U=U, K=K, DW=DW, BN=BN, GROUP=group, VA=1 if C % 4 else 4,
+           VB=1 if K % 4 else 4, THREADS=2 * tile, TF32=int(os.environ.get("CUPY_TF32") == "1"))
+    return y
+
+def gpu_conv2d(x, w, stride=1, need="xp"):
+    """conv2d, each of its three products a kernel that takes the windows from where they are: in
+    TF32, or as three such products with the precision of float32."""
+    (N, H, W, C), (K, _, R, S), (h, v) = x.shape, w.shape, (-(-n // stride) for n in x.shape[1:3])
+    def taps(w):  # (K, C, R, S) -> (taps, K)
+        K, C, R, S = w.shape
+        groups = w.reshape(K, -1, 16 if C % 16 == 0 else C, R, S)
+        return groups.transpose(1, 3, 4, 2, 0).reshape(-1, K)
+    y = gpu_windows(x, taps(w), K, R, S, h, v, D=stride).reshape(N, h, v, K)
+    kept = x if "p" in need else None
+    def back(dy):
+        dx = dw = None
+        if "x" in need:
+            turned = taps(w[:, :, ::-1, ::-1].swapaxes(0, 1))
+            dx = gpu_windows(dy, turned, C, R, S, H, W, U=stride).reshape(N, H, W, C)
+        if "p" in need:
+            dw = gpu_windows(kept, dy, K, R, S, h, v, D=stride, DW=1).sum(0)
+            groups = dw.reshape(-1, R, S, 16 if C % 16 == 0 else C, K)
+            dw = xp.ascontiguousarray(groups.transpose(4, 0, 3, 1, 2).reshape(w.shape))
+        return dx, dw
+    return y, back
+
+def gpu_sums(x, gamma, mean, var, *terms):
+    """(terms, C): of each channel of x (.., C), sums of terms in e and y; two stages."""
     C, K = x.shape[-1], len(terms)
-    parts = xp.empty((K, 64, max(1, 2 ** 11 // C), C), x.dtype)
-    launch("sums", parts[0].size, d, x, gamma, mean, var, parts, x.size // C, C=C, K=K,
+    parts = xp.empty((K, max(1, GPU_THREADS // C), C), x.dtype)
+    launch("sums", parts[0].size, x, gamma, mean, var, parts, x.size // C, C=C, K=K,
            TERMS=", ".join(terms))
-    return parts.sum(2).sum(1)
+    return parts.sum(1)
 
 def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
     """fast_tap; one kernel has the losses and their gradient on the sums."""
     C, K = a.shape[-1], len(levels)
-    sums = gpu_sums(a, a, gamma, mean, var, "y", "y * y", *(
+    sums = gpu_sums(a, gamma, mean, var, "y", "y * y", *(
         f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
     losses, dsums = xp.empty(2, a.dtype), xp.empty(sums.shape, a.dtype)
     launch("tap", C, sums, var, xp.asarray(pi, a.dtype), losses, dsums, float(a.size // C),
@@ -2157,7 +2293,7 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
     a, C, count, running = xp.ascontiguousarray(a), a.shape[-1], a.size // a.shape[-1], (mean, var)
     if train:
         guess, new = a[0, a.shape[1] // 2, a.shape[2] // 2], xp.empty((4, C), a.dtype)
-        launch("moments", C, gpu_sums(a, a, gamma, guess, var, "e", "e * e"), guess, mean, var, new,
+        launch("moments", C, gpu_sums(a, gamma, guess, var, "e", "e * e"), guess, mean, var, new,
                float(count), momentum)
         mean, var, *running = new
     n = activation if isinstance(activation, Neuron) else Neuron()
@@ -2170,12 +2306,14 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
                  SLOPE=FAST_SLOPES.get(activation, -1.0))
     launch("fire", size, *given, z, *numbers, **sizes)
     def back(dz):
-        dy, da, sums = xp.empty(a.shape, a.dtype), xp.empty(a.shape, a.dtype), (None, None)
-        launch("fire_back", size, *given, dz, dy, *numbers, **sizes)
-        if train or "p" in need:
-            sums = gpu_sums(dy, a, gamma, mean, var, "dy", "dy * y")
-        launch("norm_back", a.size, dy, a, gamma, mean, var, sums if train else dy, da,
-               float(count), C=C, TRAIN=int(train))
+        da = xp.empty(a.shape, a.dtype)
+        dy = xp.empty(a.shape, a.dtype) if train or shortcut is not None else da
+        parts = xp.empty((2, max(1, GPU_THREADS // C), C), a.dtype)
+        launch("fire_back", parts[0].size, *given, dz, dy, da, parts, size, *numbers, **sizes,
+               TRAIN=int(train))
+        sums = parts.sum(1) if train or "p" in need else None
+        if train:
+            launch("norm_back", a.size, dy, a, gamma, mean, var, sums, da, float(count), C=C)
         dbeta, dgamma = sums if "p" in need else (None, None)
         return da, dgamma, dbeta, None if shortcut is None else dy
     return (z, tuple(running)), back

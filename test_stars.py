@@ -1531,17 +1531,25 @@ FAST_MUTANTS = [  # as above, of section 12
     ("w_tar / d.size", "w_tar", "fast_tap_is_bn_matching_and_tar"),
     ("1 / (T * float(amplitude)), out", "1 / T, out", "fast_rate_matching_is_rate_matching"),
     ("gap.size * T * float", "gap.size * float", "fast_rate_matching_is_rate_matching"),
+    *((old, new, "gpu_conv2d_is_conv2d") for old, new in (
+        ("row < H * U && column", "column"), ("% R - R / 2", "% R"), ("row % U == 0 && c", "c"),
+        ("p < pixels && q", "q"), ("k < end && j", "j"), ("k0 += 16, at", "k0 += 8, at"),
+        ("copied();", ""), ("__syncthreads();\n", "\n"), ("x - a[0][m][v], false", "0, false"),
+        ("x - b[0][j][v], false", "0, false"), ("float x = A[at][", "float x = A[0]["),
+        ("(x, TF32), b[1]", "(x, false), b[1]"), ("GROUP * S * R) * GROUP", "GROUP * S * R)"),
+        ("size_t(part) * rows", "part"), ("warp % M * (BN / M)", "0"), ("U=stride)", "U=1)"))),
     *((old, new, "kernels_are_their_operators") for old, new in (
-        ("row >= 0 && row < H && at >= 0", "row >= 0 && row < H"), ("r - R / 2, at", "r, at"),
-        ("for (int r = a % D;", "for (int r = 0;"), ("(a - r) / D < h &&", ""),
         ("parts[k * n + i] = sum[k]", "parts[k * n + i] = sum[0]"),
         ("real(0), square - m * m", "real(0), square"), ("v * (count / (count - 1))", "v"),
-        ("FIRST ? i : t * n + i", "t * n + i"), ("drive += shortcut", "drive -= shortcut"),
+        ("mean[c]) + beta", "mean[0]) + beta"), ("drive += shortcut", "drive -= shortcut"),
         ("(u >= V ? A : 0)", "(u >= V ? 1 : 0)"), ("du * A / V", "du * A"),
         ("HARD && m[t] >= V ? 0 : kept", "kept"), ("kept = lam * du;", "kept = du;"),
-        ("if (FIRST) dy[i] = sum", "if (FIRST) dy[i] = du"),
+        ("if (FIRST) du = over_time", ""),
+        ("TRAIN || SHORTCUT", "TRAIN"), ("da[at] = gamma[c] * inv * du", "da[at] = du"),
+        ("sums[n + i] = sum_y", "sums[n + i] = sum"), ("sum += over_time;", "sum = over_time;"),
         ("sums[c] + y * sums[C + c]", "sums[c]"), ("2 * y * dsums", "y * dsums"),
         ("(1 - soft * soft)", "soft"), ("m[t] > 0 ? 1 :", "m[t] > 0 ? 0 :"),
+        ("sum += z[size_t(t) * n + i]", "sum = z[i]"), ("min(real(1), y[i] * scale_y)", "y[i]"),
         ("int c = k ? k - 1 : i", "int c = k ? k - 1 : 0"), ("- 2 * m * dsums", "- m * dsums"),
         ("mean_norm += k ?", "mean_norm +="), ("var_norm > 0 ?", ""), ("* K * C), d", "), d"),
         ("loss += d * d", "loss = d * d"), ("w_tar * d * scale", "d * scale"),
@@ -1784,6 +1792,86 @@ def kernel_folder():
     folder = tempfile.TemporaryDirectory()
     return Path(folder.name), folder
 
+# What C++ lacks of CUDA. The threads of a block are coroutines: each runs up to the next barrier, a
+# copy lands no sooner than its thread waits for it, and a product on tensor cores, of operands of
+# all threads of a warp, is a barrier. An operand that is not TF32 gives NaN, a wild copy too.
+EMULATION = """
+#include <cmath>
+#include <cstring>
+#include <ucontext.h>
+using std::tanh; using std::fabs; using std::sqrt;
+template <class T> T max(T a, T b) { return a > b ? a : b; }
+template <class T> T min(T a, T b) { return a < b ? a : b; }
+static struct { int x; } blockIdx, blockDim, threadIdx;
+#define __global__
+#define __shared__ static
+static ucontext_t scheduler;
+static struct {
+    ucontext_t context;
+    char stack[1 << 16];
+    bool ended;
+    int copies;
+    struct { float* to; const void* from; int bytes; bool inside; } copy[64];
+    float operands[6];
+} threads[1024];
+static void __syncthreads() { swapcontext(&threads[threadIdx.x].context, &scheduler); }
+static unsigned bits(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+static float tf32(float x, bool nearest) {
+    unsigned y = (bits(x) + 0x1000 * (nearest && std::isfinite(x))) & 0xffffe000;
+    memcpy(&x, &y, 4);
+    return x;
+}
+static void mma(float* d, const float* a, const float* b) {
+    int t = threadIdx.x, lane = t % 32, warp = t - lane;
+    for (int v = 0; v < 6; v++) {
+        float x = v < 4 ? a[v] : b[v - 4];
+        threads[t].operands[v] = bits(x) % 0x2000 ? NAN : x;
+    }
+    __syncthreads();
+    for (int v = 0; v < 4; v++) {
+        int row = lane / 4 + v / 2 * 8, column = lane % 4 * 2 + v % 2;
+        for (int k = 0; k < 8; k++)
+            d[v] += threads[warp + row % 8 * 4 + k % 4].operands[row / 8 + k / 4 * 2] *
+                    threads[warp + column * 4 + k % 4].operands[4 + k / 4];
+    }
+    __syncthreads();
+}
+extern "C" const char* ranges[2][16] = {};  // where each array begins and ends
+template <int n> static void copy(float* to, const void* from, bool inside) {
+    auto& mine = threads[threadIdx.x];
+    static const float nan[4] = {NAN, NAN, NAN, NAN};
+    bool known = !inside;
+    for (int i = 0; i < 16; i++) known |= from >= ranges[0][i] && from < ranges[1][i];
+    if (mine.copies < 64) mine.copy[mine.copies++] = {to, known ? from : nan, 4 * n, inside};
+}
+static void copied() {
+    auto& mine = threads[threadIdx.x];
+    for (auto* c = mine.copy; c < mine.copy + mine.copies; c++)
+        c->inside ? memcpy(c->to, c->from, c->bytes) : memset(c->to, 0, c->bytes);
+    mine.copies = 0;
+}
+template <class F> static F* body;
+template <class F> static void thread() { (*body<F>)(); threads[threadIdx.x].ended = true; }
+template <class F> static void block(F f, bool barriers) {
+    int& t = threadIdx.x;
+    body<F> = &f;
+    for (bool begin = true, on = true; on; begin = false)
+        for (on = t = 0; t < blockDim.x; t++) {
+            auto& mine = threads[t];
+            if (!barriers) { f(); continue; }
+            if (begin) {
+                mine.ended = mine.copies = 0;
+                getcontext(&mine.context);
+                mine.context.uc_stack.ss_sp = mine.stack;
+                mine.context.uc_stack.ss_size = sizeof mine.stack;
+                mine.context.uc_link = &scheduler;
+                makecontext(&mine.context, thread<F>, 0);
+            }
+            if (!mine.ended) swapcontext(&scheduler, &mine.context), on = true;
+        }
+}
+"""
+
 class Kernel:
     """What cupy.RawKernel is to stars.py, on the CPU."""
     seen = {}  # code -> name
@@ -1796,32 +1884,33 @@ class Kernel:
         if not path.exists():
             if shutil.which("g++") is None:
                 pytest.skip("no g++ here")
-            source = f"""#include <algorithm>
-                #include <cmath>
-                using std::tanh; using std::fabs; using std::sqrt; using std::max;
-                static struct {{ int x; }} blockIdx, blockDim, threadIdx;
-                #define __global__
+            code = code.replace(stars.DEVICE, "")
+            source = f"""{EMULATION}
                 {code}
                 extern "C" void run(int blocks, int threads, int n, {arguments}) {{
                     blockDim.x = threads;
                     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-                        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-                            {name}(n, {names});
+                        block([&] {{ {name}(n, {names}); }}, {str("mma(" in code).lower()});
                 }}"""
             subprocess.run(["g++", "-w", "-O1", "-shared", "-fPIC", "-x", "c++", "-", "-o", path],
                            input=source, text=True, check=True)
-        self.run = ctypes.CDLL(str(path)).run
+        self.library = ctypes.CDLL(str(path))
 
     def __call__(self, grid, block, arguments):
         numbers = {"f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int}
         assert all(a.flags.c_contiguous for a in arguments if a.ndim)
         assert len({a.dtype for a in arguments if a.dtype.kind == "f"}) == 1
-        self.run(*grid, *block, *(a.ctypes.data_as(ctypes.c_void_p) if a.ndim else
-                                  numbers[a.dtype.char](a) for a in arguments))
+        ranges = (ctypes.c_size_t * 32).in_dll(self.library, "ranges")
+        for i, a in enumerate(a for a in arguments if a.ndim):
+            ranges[i], ranges[16 + i] = a.ctypes.data, a.ctypes.data + a.nbytes
+        self.library.run(*grid, *block, *(a.ctypes.data_as(ctypes.c_void_p) if a.ndim else
+                                          numbers[a.dtype.char](a) for a in arguments))
 
 @contextlib.contextmanager
-def emulated_gpu(S):
-    S.xp = types.SimpleNamespace(**vars(np) | dict(RawKernel=Kernel))
+def emulated_gpu(S, capability="90"):
+    device = types.SimpleNamespace(compute_capability=capability)
+    S.xp = types.SimpleNamespace(**vars(np) | dict(
+        RawKernel=Kernel, cuda=types.SimpleNamespace(Device=lambda: device)))
     S._compiled.cache_clear()  # of kernels for a GPU, if there is one
     try:
         yield
@@ -1837,22 +1926,17 @@ def kernel_cases(S):
         dy = S.xp.sin(S.xp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
         grads = back(dy)
         return [*(value if isinstance(value, tuple) else [value]), *grads]
-    for i, (N, H, W, C, K, R, Q, stride, chunk) in enumerate((
-            (5, 4, 4, 3, 2, 3, 3, 1, 2), (4, 7, 9, 2, 3, 3, 3, 2, None),
-            (5, 6, 6, 3, 4, 1, 1, 2, 1), (3, 7, 8, 2, 3, 5, 5, 2, 2),
-            (4, 5, 6, 2, 3, 1, 5, 1, None))):
-        yield (f"conv2d {i}", lambda x, w, d=stride: both(S.conv2d(x, w, d)),
-               lambda x, w, d=stride, chunk=chunk: both(S.fast_conv2d(x, w, d, "xp", chunk)),
-               normal(i, (N, H, W, C), (K, C, R, Q)))
     for i, (args, _) in enumerate(norm_cases(S)):
         if i % 5 == 0:
             vectors, (activation, T, V, A, first, shortcut, train) = args[:5], args[5:]
             def norm(f, *arrays, options=(activation, T, V, A, first), train=train):
                 kept = arrays[5] if len(arrays) > 5 else None
-                (z, running), back = f(*arrays[:5], *options, kept, train)
-                others = f(*arrays[:5], *options, kept, train, "")[1]
-                return both(((z, *running), lambda dz: back(dz) + others(dz)[::3]),
-                            lambda value: value[0])
+                with pytest.MonkeyPatch.context() as patch:  # so few that each has several numbers
+                    patch.setattr(S, "GPU_THREADS", 9)
+                    (z, running), back = f(*arrays[:5], *options, kept, train)
+                    others = f(*arrays[:5], *options, kept, train, "")[1]
+                    return both(((z, *running), lambda dz: back(dz) + others(dz)[::3]),
+                                lambda value: value[0])
             yield (f"norm {i}", functools.partial(norm, S.norm_activation),
                    functools.partial(norm, S.gpu_norm_activation),
                    vectors + (() if shortcut is None else (shortcut,)))
@@ -1871,6 +1955,12 @@ def kernel_cases(S):
             return [*losses, back()]
         yield f"tap {w_bn} {w_tar}", plain, ours, (a, gamma, mean, var)
     yield "tap at rest", functools.partial(plain, w_bn=1), functools.partial(ours, w_bn=1), still
+    def matching(f, z, y, dz):
+        loss, back = f(1.3 * (z > 0), y, 3, 1.7, 1.3)
+        return [S.xp.asarray(loss), back(300.0, dz)]
+    yield ("rate", *(functools.partial(matching, f) for f in (S.rate_matching,
+                                                              S.fast_rate_matching)),
+           normal(0, (15, 2, 3, 4), (5, 2, 3, 4), (15, 2, 3, 4)))
     def updates(optimiser, settings, p, g, fast):
         params, state = {"p": p.copy()}, {}
         with contextlib.ExitStack() as undo:
@@ -1883,14 +1973,43 @@ def kernel_cases(S):
         ways = (functools.partial(updates, optimiser, settings, fast=f) for f in (False, True))
         yield f"{optimiser.__name__} {settings}", *ways, normal(0, (3, 4), (3, 4))
 
+def window_cases(S):
+    """As kernel_cases, in float32 and in TF32, where the plain operators get rounded arguments."""
+    def rounded(a):  # to the nearest number of 10 bits after the point
+        return (a.astype("f4").view("u4") + 0x1000 & 0xffffe000).view("f4").astype(float)
+    for i, ((N, H, W, C, K, R, Q, stride, blocks), tf32) in enumerate(itertools.product((
+            (5, 4, 4, 3, 2, 3, 3, 1, 9), (3, 7, 9, 32, 8, 3, 3, 2, 6), (2, 9, 8, 4, 72, 1, 5, 1, 9),
+            (3, 6, 6, 6, 20, 1, 1, 2, 1), (3, 7, 8, 2, 3, 5, 5, 2, 2)), (False, True))):
+        def plain(x, w, dy, stride=stride, seen=rounded if tf32 else np.array):
+            y, back = S.conv2d(seen(x), seen(w), stride)
+            return [y, *back(seen(dy))]
+        def ours(x, w, dy, stride=stride, blocks=blocks, tf32=tf32):
+            x, w, dy = (a.astype("f4") for a in (x, w, dy))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(S, "GPU_BLOCKS", blocks)
+                patch.setenv("CUPY_TF32", str(int(tf32)))
+                y, back = S.gpu_conv2d(x, w, stride)
+                return [y, *back(dy)]
+        shapes = (N, H, W, C), (K, C, R, Q), (N, -(-H // stride), -(-W // stride), K)
+        arrays = [a.astype("f4").astype(float) for a in normal(i, *shapes)]
+        yield f"windows {i}", plain, ours, arrays
+
+def assert_kernels_agree(found, expected, name):
+    for a, b in zip(found, expected, strict=True):
+        tol = 5e-6 if getattr(a, "dtype", "") == "f4" else 1e-9
+        assert a is None is b or assert_close(a, b, tol) is None, name
+
 @checks()
-def kernels_are_their_operators(S):
-    for name, plain, ours, arrays in kernel_cases(S):
+def kernels_are_their_operators(S, cases=kernel_cases):
+    for name, plain, ours, arrays in cases(S):
         expected = plain(*arrays)
         with emulated_gpu(S):
             found = ours(*arrays)
-        for a, b in zip(found, expected, strict=True):
-            assert a is None is b or assert_close(a, b, 1e-10) is None, name
+        assert_kernels_agree(found, expected, name)
+
+@checks()
+def gpu_conv2d_is_conv2d(S):
+    kernels_are_their_operators(S, window_cases)
 
 def whole_pair():
     nets = net_of(stars, "option A", stars.relu), net_of(stars, "option A", stars.Neuron(), seed=1)
@@ -1907,21 +2026,26 @@ def whole_steps(pair):
     losses = stars.distillation_step(student, {}, x, teacher, 4.0, 0.1, 5e-4, 20.0, 300.0, V)
     return [parts, dx, losses, student.params]
 
-def test_kernels_compute_whole_steps():
+@pytest.mark.parametrize("capability", ("75", "90"))
+def test_kernels_compute_whole_steps(capability):
     plain = whole_steps(whole_pair())
-    with emulated_gpu(stars):
+    Kernel.seen.clear()
+    with emulated_gpu(stars, capability):
         ours = whole_steps(whole_pair())
     assert_same_norms(ours, plain)
+    assert ("windows" in Kernel.seen.values()) == (capability == "90")
 
 def test_kernels_compile_for_gpus(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
     Kernel.seen.clear()
     kernels_are_their_operators(stars)
+    gpu_conv2d_is_conv2d(stars)
     path, kinds = tmp_path / "kernels.cu", set()
     with open(path, "w") as file:
-        both = [(code.replace("double", real), name) for code, name in Kernel.seen.items()
-                for real in ("double", "float")]
+        print(stars.DEVICE, file=file)
+        both = sorted({(code.replace(stars.DEVICE, "").replace("double", real), name)
+                       for code, name in Kernel.seen.items() for real in ("double", "float")})
         for i, (code, name) in enumerate(both):
             names = re.findall(r"#define (\w+)", code)
             code = code.replace(f"void {name}(", f"void {name}_{i}(")
@@ -1965,11 +2089,9 @@ def test_gpu_operators_agree(gpu, dtype, tol):
             assert abs(a - b).max() <= tol * max(abs(a).max(), 1e-3), name
 
 def test_gpu_kernels_agree(gpu):
-    for name, plain, ours, arrays in kernel_cases(stars):
-        pairs = zip(on("cpu", lambda tree: plain(*tree), [*arrays]),
-                    on("gpu", lambda tree: ours(*tree), [*arrays]), strict=True)
-        for a, b in pairs:
-            assert a is None is b or assert_close(b, a, 1e-9) is None, name
+    for name, plain, ours, arrays in itertools.chain(kernel_cases(stars), window_cases(stars)):
+        assert_kernels_agree(on("gpu", lambda tree: ours(*tree), [*arrays]),
+                             on("cpu", lambda tree: plain(*tree), [*arrays]), name)
 
 def test_gpu_kernels_compute_whole_steps(gpu):  # a spike that flips would show
     assert_same_norms(*(on(device, whole_steps, whole_pair()) for device in ("gpu", "cpu")))
