@@ -474,7 +474,7 @@ def generator(params, z, need="p", activation=leaky_relu):
         backs.append(through)
         return value
     def add_bias(x, b):  # the last convolution has no batch norm after it
-        return x + b, lambda dy: (dy, dy.sum((0, 1, 2)) if "p" in need else None)
+        return x + b, lambda dy: (dy, dy.sum((1, 2)).sum(0) if "p" in need else None)
     y = add(*linear(z, p["fc.weight"], p["fc.bias"], need), "fc.weight", "fc.bias")
     channels = len(p["bn0.weight"])
     shape = len(z), channels, *[round((y.shape[1] / channels) ** 0.5)] * 2
@@ -1843,7 +1843,7 @@ def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
     """Whether fast_norm_activation covers the case: wrong arguments are left to the formulas."""
     fits = ({v.shape for v in (gamma, beta, mean, var)} == {a.shape[-1:]} and a.size > a.shape[-1]
             and (xp is np or a.ndim == 4 and T <= 32 and
-                 a.size * (T if first else 1) < 2 ** 31 - 256))
+                 a.size * (T if first else 1) < 2 ** 31 - 2 ** 18))
     if isinstance(activation, Neuron):
         return (fits and activation.detach_reset and v_th > 0 and T >= 1 and
                 (shortcut is None if first else len(a) % T == 0))
@@ -1988,19 +1988,25 @@ def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
         return out.reshape(z.shape)
     return loss, back
 
-# -- GPU: thread i of n computes one number. e is x - mean, y normalised; sizes are compiled in.
+# -- GPU: i is the number of a thread, n how many there are. e is x - mean, y normalised; sizes are
+#    compiled in, arrays contiguous.
 
-# In PTX: x to TF32; D (16, 8) += A (16, 8) B (8, 8), spread over the 32 threads of a warp; a copy
-# of n numbers to shared memory, zeros unless inside, that goes on while the thread does; its end.
+# In PTX: x rounded to TF32, or cut (plus half, rounded, but NaN may not stay NaN); D (16, 8) +=
+# A (16, 8) B (8, 8), spread over the 32 threads of a warp; a copy of n numbers to shared memory,
+# zeros unless inside, that goes on while the thread does; its end.
 DEVICE = """
 #define bits(x) __float_as_uint(x)
-__device__ float tf32(float x, bool nearest) {
-    unsigned y = bits(x) & 0xffffe000;
-    if (nearest) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+__device__ float nearest(float x) {
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return __uint_as_float(y);
 }
+__device__ float cut(float x, unsigned half) {
+    return __uint_as_float(bits(x) + half & 0xffffe000);
+}
 __device__ void mma(float* d, const float* a, const float* b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b[0])),
@@ -2015,7 +2021,7 @@ __device__ void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 """
 
 NORM = """int c = i % C;
-    real inv = 1 / sqrt(var[c] + real(1e-5)), sign = gamma[c] > 0 ? 1 : gamma[c] < 0 ? -1 : 0;"""
+    real inv = rsqrt(var[c] + real(1e-5)), sign = gamma[c] > 0 ? 1 : gamma[c] < 0 ? -1 : 0;"""
 
 STEPS = """
     real u = start;
@@ -2025,32 +2031,35 @@ STEPS = """
         u = lam * u + drive;"""
 
 KERNELS = {  # name: (arguments, body)
-    # windows (N, h, w, taps) of x (N, H, W, C), every D pixels, zeros around it, if U is 2 between
-    # its pixels; taps: (C / GROUP, R, S, GROUP). Their product with b (taps, K) or, if DW, that of
-    # their transpose with b (N, h, w, K), in parts. A block makes ROWS x BN of y, 16 taps or pixels
-    # at a time, a warp 16 M x BN / M of them; LINE spreads a column over the banks of the memory
+    # windows (N, h, w, taps), every D pixels, of x (N, H, W, C) with zeros around it and, if U is
+    # 2, between its pixels; taps: (C / GROUP, R, S, GROUP). Their product with b (taps, K) or, if
+    # DW, that of their transpose with b (N, h, w, K), in parts. A block makes ROWS x BN of y, 16
+    # taps or pixels at a time, X warps side by side; swap, LINE: a memory bank serves one thread
     "windows": ("in x, in b, out y, int pixels, int span", """
-        const int TAPS = R * S * C, M = BN > 32 && !DW ? 2 : 1, J = BN / M / 8, ROWS = THREADS / 2;
-        const int WIDE = DW ? ROWS : 16, LINE = WIDE + (DW ? 8 : 4), LINE_B = BN + 8;
+        const int TAPS = R * S * C, M = DW ? 1 : BN > 64 ? 4 : 2, X = M == 1 ? 1 : BN > 32 ? M : 1;
+        const int J = BN / X / 8, ROWS = THREADS / X / 2 * M, WIDE = DW ? ROWS : 16;
+        const int LINE = WIDE + (DW ? 8 : 0), LINE_B = BN + 8;
         alignas(16) __shared__ float A[2][ROWS * 16 / WIDE * LINE], B[2][16 * LINE_B];
         int rows = DW ? TAPS : pixels, down = (rows + ROWS - 1) / ROWS, across = (K + BN - 1) / BN;
         int i0 = blockIdx.x / across % down * ROWS, j0 = blockIdx.x % across * BN;
         int part = blockIdx.x / (across * down), begin = part * span;
         int end = min(DW ? pixels : TAPS, begin + span), thread = threadIdx.x;
         int group = thread % 32 / 4, member = thread % 4, warp = thread / 32;
-        int wi = warp / M * M * 16 + group, wj = warp % M * (BN / M);
+        int wi = warp / X * M * 16 + group, wj = warp % X * (BN / X);
         float sum[M][J][4] = {};
         auto load = [&](unsigned k0, float* A, float* B) {
-            for (int u = 0; u < 8 / VA; u++) {
-                unsigned e = (u * THREADS + thread) * VA, line = e / WIDE, at = e % WIDE;
+            unsigned at = thread * VA % WIDE;  // the same for all u: WIDE divides THREADS VA
+            for (int u = 0; u < ROWS * 16 / THREADS / VA; u++) {
+                unsigned line = thread * VA / WIDE + u * (THREADS * VA / WIDE);
+                unsigned swap = DW ? 0 : line / 2 % 4 * 4;
                 unsigned p = (DW ? k0 : i0) + line, q = (DW ? i0 : k0) + at;
-                unsigned row = p / w % h * D + q / (GROUP * S) % R - R / 2;  // large if above
+                unsigned row = p / w % h * D + q / (GROUP * S) % R - R / 2;  // huge, not negative
                 unsigned column = p % w * D + q / GROUP % S - S / 2;
                 unsigned c = q / (GROUP * S * R) * GROUP + q % GROUP;
                 bool inside = p < pixels && q < TAPS && row < H * U && column < W * U &&
                               row % U == 0 && column % U == 0;
                 size_t pixel = (p / (w * h) * H + row / U) * W + column / U;
-                copy<VA>(A + line * LINE + at, x + (inside ? pixel * C + c : 0), inside);
+                copy<VA>(A + line * LINE + (at ^ swap), x + (inside ? pixel * C + c : 0), inside);
             }
             for (int u = 0; u < BN * 16 / VB; u += THREADS) {
                 unsigned e = (u + thread) * VB, k = k0 + e / BN, j = j0 + e % BN;
@@ -2066,21 +2075,23 @@ KERNELS = {  # name: (arguments, body)
             __syncthreads();
             if (k0 + 16 < end) load(k0 + 16, A[at ^ 1], B[at ^ 1]);
             for (int step = 0; step < 16; step += 8) {
-                float a[2][M][4], b[2][J][2];  // TF32, and of float32 what it leaves
-                for (int m = 0; m < M; m++)
+                float a[2][M][4], b[2][J][2];  // TF32, and of float32 what it leaves: if one is
+                for (int m = 0; m < M; m++)    // rounded, what both leave is of either sign
                     for (int v = 0; v < 4; v++) {
                         int i = wi + m * 16 + v % 2 * 8, k = step + member + v / 2 * 4;
-                        float x = A[at][DW ? k * LINE + i : i * LINE + k];
-                        a[0][m][v] = tf32(x, TF32), a[1][m][v] = tf32(x - a[0][m][v], false);
+                        float x = A[at][DW ? k * LINE + i : i * LINE + (k ^ group / 2 * 4)];
+                        a[0][m][v] = TF32 ? nearest(x) : cut(x, DW ? 0x1000 : 0);
+                        a[1][m][v] = cut(x - a[0][m][v], 0);
                     }
                 for (int j = 0; j < J; j++)
                     for (int v = 0; v < 2; v++) {
                         float x = B[at][(step + member + v * 4) * LINE_B + wj + j * 8 + group];
-                        b[0][j][v] = tf32(x, TF32), b[1][j][v] = tf32(x - b[0][j][v], false);
+                        b[0][j][v] = TF32 ? nearest(x) : cut(x, DW ? 0 : 0x1000);
+                        b[1][j][v] = cut(x - b[0][j][v], 0);
                     }
                 for (int m = 0; m < M; m++)
                     for (int j = 0; j < J; j++) {
-                        float d[4] = {};  // tensor cores round sums down, so they add few numbers
+                        float d[4] = {};  // tensor cores cut sums, so they add few numbers
                         if (!TF32) mma(d, a[1][m], b[0][j]), mma(d, a[0][m], b[1][j]);
                         mma(TF32 ? sum[m][j] : d, a[0][m], b[0][j]);
                         for (int v = 0; v < 4 && !TF32; v++) sum[m][j][v] += d[v];
@@ -2103,10 +2114,11 @@ KERNELS = {  # name: (arguments, body)
             real e = x[row * C + c] - mean[c], y = e * inv, term[] = {TERMS};
             for (int k = 0; k < K; k++) sum[k] += term[k];
         }
-        for (int k = 0; k < K; k++) parts[k * n + i] = sum[k];"""),
+        for (int k = 0; k < K; k++) parts[k * n + c * (n / C) + i / C] = sum[k];"""),
     # mean and biased variance from sums of e and e^2 about a first guess; next running statistics
     "moments": ("in sums, in guess, in mean, in var, out next, real count, real momentum", """
-        real m = sums[i] / count, square = sums[n + i] / count, v = max(real(0), square - m * m);
+        real m = sums[i] / count, square = sums[n + i] / count, v = square - m * m;
+        v = v < 0 ? 0 : v;
         next[i] = guess[i] + m;
         next[n + i] = v;
         next[2 * n + i] = mean[i] + momentum * (next[i] - mean[i]);
@@ -2121,7 +2133,7 @@ KERNELS = {  # name: (arguments, body)
     # on to that of what it gets; and each thread's sums of dy and of dy y, of one channel
     "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, out dy, out da, "
                   "out sums, int size, real lam, real start, real V, real A", NORM + """
-        real m[T], sum = 0, sum_y = 0;
+        real m[T], sum = 0, sum_y = 0, share = 1 / V, slope = A * share;
         for (int first = i; first < size; first += n) {
             int i = first;""" + STEPS + """
                 m[t] = SLOPE < 0 ? u : drive;
@@ -2130,9 +2142,9 @@ KERNELS = {  # name: (arguments, body)
             real kept = 0, over_time = 0;
             for (int t = T - 1; t >= 0; t--) {
                 int at = FIRST ? i : t * size + i;
-                real x = m[t] / V - 1, du = dz[t * size + i];
+                real x = m[t] * share - 1, du = dz[t * size + i];
                 if (SLOPE >= 0) du *= m[t] > 0 ? 1 : real(SLOPE);
-                else du = du * A / V * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
+                else du = du * slope * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
                 kept = lam * du;
                 over_time += du;
                 sum_y += du * (a[at] - mean[c]) * inv;
@@ -2142,35 +2154,36 @@ KERNELS = {  # name: (arguments, body)
             }
             sum += over_time;
         }
-        sums[i] = sum;
-        sums[n + i] = sum_y;"""),
+        sums[c * (n / C) + i / C] = sum;
+        sums[n + c * (n / C) + i / C] = sum_y;"""),
     # Eq. (12): the rate of spikes less the wanted one
     "rate": ("in z, in y, out gap, real scale, real scale_y", """
         real sum = 0;
         for (int t = 0; t < T; t++) sum += z[size_t(t) * n + i];
-        gap[i] = sum * scale - max(real(0), min(real(1), y[i] * scale_y));"""),
+        real goal = y[i] * scale_y;
+        gap[i] = sum * scale - (goal < 0 ? 0 : goal > 1 ? 1 : goal);"""),
     # adjoint of batch norm in train mode, from dy and the sums of dy and of dy y
-    "norm_back": ("in dy, in x, in gamma, in mean, in var, in sums, out dx, real count", NORM + """
+    "norm_back": ("in dy, in x, in gamma, in mean, in var, in sums, out dx, real share", NORM + """
         real y = (x[i] - mean[c]) * inv;
-        dx[i] = gamma[c] * inv * (dy[i] - (sums[c] + y * sums[C + c]) / count);"""),
+        dx[i] = gamma[c] * inv * (dy[i] - (sums[c] + y * sums[C + c]) * share);"""),
     # Eq. (3), Eq. (8) and their gradient on the sums of y, y^2 and K tanhs from these sums
-    "tap": ("in sums, in var, in pi, out losses, out dsums, real count, real w_bn, real w_tar", """
+    "tap": ("in sums, in var, in pi, out losses, out dsums, real share, real w_bn, real w_tar", """
         real m, v, gap, mean_norm = 0, var_norm = 0, loss = 0;
         for (int k = C; k >= 0; k--) {  // each channel, the last time that of the thread
             int c = k ? k - 1 : i;
-            m = sums[c] / count, v = var[c] + real(1e-5);
-            gap = (sums[C + c] / count - m * m) * v - var[c];
+            m = sums[c] * share, v = var[c] + real(1e-5);
+            gap = (sums[C + c] * share - m * m) * v - var[c];
             mean_norm += k ? m * m * v : 0, var_norm += k ? gap * gap : 0;
         }
         mean_norm = sqrt(mean_norm), var_norm = sqrt(var_norm);
-        dsums[C + i] = var_norm > 0 ? w_bn * gap / var_norm * v / count : 0;
-        dsums[i] = (mean_norm > 0 ? w_bn * m / mean_norm * v / count : 0) - 2 * m * dsums[C + i];
+        dsums[C + i] = var_norm > 0 ? w_bn * gap / var_norm * v * share : 0;
+        dsums[i] = (mean_norm > 0 ? w_bn * m / mean_norm * v * share : 0) - 2 * m * dsums[C + i];
         for (int k = 2; k < K + 2; k++) {
             real pi_k = pi[k - 2], scale = 1 / (pi_k * (1 - pi_k) * K * C), d;
             for (int c = 0; c < C; c++)
-                d = real(.5) + sums[k * C + c] / (2 * count) - pi_k, loss += d * d * scale;
-            d = real(.5) + sums[k * C + i] / (2 * count) - pi_k;
-            dsums[k * C + i] = w_tar * d * scale / count;
+                d = real(.5) + sums[k * C + c] * share / 2 - pi_k, loss += d * d * scale;
+            d = real(.5) + sums[k * C + i] * share / 2 - pi_k;
+            dsums[k * C + i] = w_tar * d * scale * share;
         }
         losses[0] = mean_norm + var_norm;  // the same from all threads
         losses[1] = loss;"""),
@@ -2205,7 +2218,7 @@ def _compiled(name, dtype, constants):
                                    f"if (i >= n) return;{body} }}"]), name)
 
 def launch(name, n, *arguments, **constants):
-    """Run n threads of a kernel on arrays of one dtype, taken as contiguous, and numbers."""
+    """Run n threads of a kernel on arrays of one dtype, inputs taken as contiguous, and numbers."""
     dtype = arguments[0].dtype
     kernel = _compiled(name, dtype, (*constants.items(),))
     threads = constants.get("THREADS", 256)
@@ -2213,7 +2226,7 @@ def launch(name, n, *arguments, **constants):
         np.int32(v) if isinstance(v, int) else dtype.type(v) if isinstance(v, float) else
         v if v.flags.c_contiguous else xp.ascontiguousarray(v) for v in arguments)))
 
-GPU_BLOCKS, GPU_THREADS = 1 << 10, 1 << 17  # to fill a GPU
+GPU_BLOCKS, GPU_THREADS = 1 << 9, 1 << 17  # to fill a GPU, where sums are made in parts
 
 def tensor_cores():
     """Whether the GPU has those of "windows"; without them the formulas multiply matrices."""
@@ -2223,15 +2236,16 @@ def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
     """The kernel of that name: x (N, H, W, C), b -> (parts, rows, K)."""
     N, H, W, C = x.shape
     pixels, taps, group = N * h * w, R * S * C, 16 if C % 16 == 0 else C
-    BN = 16 if K <= 16 else 32 if K <= 32 else 64
-    rows, tile = (taps, 144) if DW else (pixels, 128)
+    TF32 = int(os.environ.get("CUPY_TF32") == "1")  # which leaves registers for wider blocks
+    BN = 16 if K <= 16 else 32 if K <= 32 else 128 if K > 64 and TF32 and not DW else 64
+    rows, tile, threads = (taps, 144, 288) if DW else (pixels, 128 if BN > 32 else 256, 256)
     tiles = -(-rows // tile) * -(-K // BN)
     span = 16 * -(-(pixels if DW else taps) // (16 * max(1, DW * GPU_BLOCKS // tiles)))
     parts = -(-pixels // span) if DW else 1
     y = xp.empty((parts, rows, K), x.dtype)
-    launch("windows", parts * tiles * 2 * tile, x, b, y, pixels, span, C=C, H=H, W=W, h=h, w=w, R=R,
+    launch("windows", parts * tiles * threads, x, b, y, pixels, span, C=C, H=H, W=W, h=h, w=w, R=R,
            S=S, D=D, U=U, K=K, DW=DW, BN=BN, GROUP=group, VA=1 if C % 4 else 4,
-           VB=1 if K % 4 else 4, THREADS=2 * tile, TF32=int(os.environ.get("CUPY_TF32") == "1"))
+           VB=1 if K % 4 else 4, THREADS=threads, TF32=TF32)
     return y
 
 def gpu_conv2d(x, w, stride=1, need="xp"):
@@ -2259,10 +2273,10 @@ def gpu_conv2d(x, w, stride=1, need="xp"):
 def gpu_sums(x, gamma, mean, var, *terms):
     """(terms, C): of each channel of x (.., C), sums of terms in e and y; two stages."""
     C, K = x.shape[-1], len(terms)
-    parts = xp.empty((K, max(1, GPU_THREADS // C), C), x.dtype)
+    parts = xp.empty((K, C, max(1, GPU_THREADS // C)), x.dtype)
     launch("sums", parts[0].size, x, gamma, mean, var, parts, x.size // C, C=C, K=K,
            TERMS=", ".join(terms))
-    return parts.sum(1)
+    return parts.sum(2)
 
 def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
     """fast_tap; one kernel has the losses and their gradient on the sums."""
@@ -2270,7 +2284,7 @@ def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
     sums = gpu_sums(a, gamma, mean, var, "y", "y * y", *(
         f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
     losses, dsums = xp.empty(2, a.dtype), xp.empty(sums.shape, a.dtype)
-    launch("tap", C, sums, var, xp.asarray(pi, a.dtype), losses, dsums, float(a.size // C),
+    launch("tap", C, sums, var, xp.asarray(pi, a.dtype), losses, dsums, C / a.size,
            float(w_bn), float(w_tar), C=C, K=K)
     def back():
         da = xp.empty(a.shape, a.dtype)
@@ -2284,6 +2298,8 @@ def gpu_update(kernel, p, g, state, names, *numbers):
     if xp is np or not fast(g) or not p.flags.c_contiguous:
         return False
     state |= {name: xp.zeros(g.shape, g.dtype) for name in names if name not in state}
+    if not all(state[name].flags.c_contiguous for name in names):
+        return False
     launch(kernel, g.size, g, *(state[name] for name in names), p, *map(float, numbers))
     return True
 
@@ -2308,12 +2324,12 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
     def back(dz):
         da = xp.empty(a.shape, a.dtype)
         dy = xp.empty(a.shape, a.dtype) if train or shortcut is not None else da
-        parts = xp.empty((2, max(1, GPU_THREADS // C), C), a.dtype)
+        parts = xp.empty((2, C, max(1, GPU_THREADS // C)), a.dtype)
         launch("fire_back", parts[0].size, *given, dz, dy, da, parts, size, *numbers, **sizes,
                TRAIN=int(train))
-        sums = parts.sum(1) if train or "p" in need else None
+        sums = parts.sum(2) if train or "p" in need else None
         if train:
-            launch("norm_back", a.size, dy, a, gamma, mean, var, sums, da, float(count), C=C)
+            launch("norm_back", a.size, dy, a, gamma, mean, var, sums, da, 1 / count, C=C)
         dbeta, dgamma = sums if "p" in need else (None, None)
         return da, dgamma, dbeta, None if shortcut is None else dy
     return (z, tuple(running)), back
