@@ -1697,7 +1697,8 @@ def keep_pages():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 def images_a_chunk(x, chunk):
-    """On the CPU at least four chunks, if there are as many images, whatever the threads."""
+    """On a GPU all; on the CPU at least four chunks, if there are as many images, whatever the
+    threads."""
     most = min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes) if xp is np else len(x)
     return chunk or max(1, most)
 
@@ -1975,9 +1976,9 @@ def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
         if xp is np:
             np.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
             gap[i:j] -= np.clip(y[i:j] * (1 / v_th), 0, 1)
-        else:  # one range
-            launch("rate", y.size, v, y, gap, 1 / (T * float(amplitude)), 1 / float(v_th), T=T)
         return xp.vdot(gap[i:j], gap[i:j])
+    if xp is not np:
+        launch("rate", y.size, v, y, gap, 1 / (T * float(amplitude)), 1 / float(v_th), T=T)
     loss = sum(parallel(part, len(y), chunk)) / gap.size
     def back(dloss, dz):
         out = xp.empty_like(v)
@@ -2232,10 +2233,14 @@ def tensor_cores():
     """Whether the GPU has those of "windows"; without them the formulas multiply matrices."""
     return int(xp.cuda.Device().compute_capability) >= 80
 
+def _group(C):
+    """How many of C channels lie together among the taps of "windows"."""
+    return 16 if C % 16 == 0 else C
+
 def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
     """The kernel of that name: x (N, H, W, C), b -> (parts, rows, K)."""
     N, H, W, C = x.shape
-    pixels, taps, group = N * h * w, R * S * C, 16 if C % 16 == 0 else C
+    pixels, taps = N * h * w, R * S * C
     TF32 = int(os.environ.get("CUPY_TF32") == "1")  # which leaves registers for wider blocks
     BN = 16 if K <= 16 else 32 if K <= 32 else 128 if K > 64 and TF32 and not DW else 64
     rows, tile, threads = (taps, 144, 288) if DW else (pixels, 128 if BN > 32 else 256, 256)
@@ -2244,7 +2249,7 @@ def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
     parts = -(-pixels // span) if DW else 1
     y = xp.empty((parts, rows, K), x.dtype)
     launch("windows", parts * tiles * threads, x, b, y, pixels, span, C=C, H=H, W=W, h=h, w=w, R=R,
-           S=S, D=D, U=U, K=K, DW=DW, BN=BN, GROUP=group, VA=1 if C % 4 else 4,
+           S=S, D=D, U=U, K=K, DW=DW, BN=BN, GROUP=_group(C), VA=1 if C % 4 else 4,
            VB=1 if K % 4 else 4, THREADS=threads, TF32=TF32)
     return y
 
@@ -2254,8 +2259,7 @@ def gpu_conv2d(x, w, stride=1, need="xp"):
     (N, H, W, C), (K, _, R, S), (h, v) = x.shape, w.shape, (-(-n // stride) for n in x.shape[1:3])
     def taps(w):  # (K, C, R, S) -> (taps, K)
         K, C, R, S = w.shape
-        groups = w.reshape(K, -1, 16 if C % 16 == 0 else C, R, S)
-        return groups.transpose(1, 3, 4, 2, 0).reshape(-1, K)
+        return w.reshape(K, -1, _group(C), R, S).transpose(1, 3, 4, 2, 0).reshape(-1, K)
     y = gpu_windows(x, taps(w), K, R, S, h, v, D=stride).reshape(N, h, v, K)
     kept = x if "p" in need else None
     def back(dy):
@@ -2265,8 +2269,8 @@ def gpu_conv2d(x, w, stride=1, need="xp"):
             dx = gpu_windows(dy, turned, C, R, S, H, W, U=stride).reshape(N, H, W, C)
         if "p" in need:
             dw = gpu_windows(kept, dy, K, R, S, h, v, D=stride, DW=1).sum(0)
-            groups = dw.reshape(-1, R, S, 16 if C % 16 == 0 else C, K)
-            dw = xp.ascontiguousarray(groups.transpose(4, 0, 3, 1, 2).reshape(w.shape))
+            dw = dw.reshape(-1, R, S, _group(C), K).transpose(4, 0, 3, 1, 2)
+            dw = xp.ascontiguousarray(dw.reshape(w.shape))
         return dx, dw
     return y, back
 
@@ -2295,12 +2299,13 @@ def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
 
 def gpu_update(kernel, p, g, state, names, *numbers):
     """Whether it was a kernel that updated p and its moments state[names] by the gradient g."""
-    if xp is np or not fast(g) or not p.flags.c_contiguous:
+    if xp is np or not fast(g):
         return False
     state |= {name: xp.zeros(g.shape, g.dtype) for name in names if name not in state}
-    if not all(state[name].flags.c_contiguous for name in names):
+    written = [*(state[name] for name in names), p]
+    if not all(v.flags.c_contiguous for v in written):
         return False
-    launch(kernel, g.size, g, *(state[name] for name in names), p, *map(float, numbers))
+    launch(kernel, g.size, g, *written, *map(float, numbers))
     return True
 
 def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
