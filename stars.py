@@ -333,7 +333,8 @@ class Output(NamedTuple):
 def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, amplitude=1.0,
                     first=False, shortcut=None, train=False, need="p"):
     """z = activation(batch_norm(a) + shortcut).   first: a is (N, ...) and drives all T steps.
-    Value: (z, running) as in batch_norm.   back: dz -> da, dgamma, dbeta, dshortcut; da always."""
+    Value: (z, running) as in batch_norm.   back: dz and, if not None, each (N, ...), to add to dz
+    at every step -> da, dgamma, dbeta, dshortcut; da always."""
     if fast(a) and fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
         path = fast_norm_activation if xp is np else gpu_norm_activation
         return path(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
@@ -343,8 +344,8 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
     y = y if shortcut is None else y + shortcut
     z, activation_back = (lif(y, T, v_th, amplitude, activation) if isinstance(activation, Neuron)
                           else activation(y))
-    def back(dz):
-        dy = activation_back(dz)
+    def back(dz, each=None):
+        dy = activation_back(dz if each is None else dz + repeat_over_time(each, T)[0])
         return (*norm_back(time_back(dy)), dy if shortcut is not None else None)
     return (z, running), back
 
@@ -373,9 +374,9 @@ def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=
         if isinstance(activation, Neuron):
             run.rates[norm] = float((z != 0).mean())
     def back(dz):
-        da, dgamma, dbeta, dshortcut = norm_back(watched(dz) if watched else dz)
+        da, dgamma, dbeta, dshortcut = norm_back(dz, watched() if watched else None)
         if tap_back:
-            accumulate(da, tap_back())
+            da = tap_back(da)
         dx, dw = conv_back(da)
         if "p" in run.need:
             run.grads |= {conv + ".weight": dw, norm + ".weight": dgamma, norm + ".bias": dbeta}
@@ -432,8 +433,9 @@ def resnet(params, x, activation=relu, T=1, **mode):
     """A ResNet of basic blocks (He et al. 2016), its shape read off the names in params.
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
-    called with the input a of each batch norm: None, or () -> da, to add; watch(layer, z), with
-    the output z of each activation: None, or dz -> dz, to add; measure, to fill rates and costs.
+    called with the input a of each batch norm: None, or da -> da with its gradient added;
+    watch(layer, z), with the output z of each activation: None, or () -> None or its gradient on z,
+    the same (N, ...) at every step; measure, to fill rates and costs.
     Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}."""
     def body(run, add):
         z = add(*_layer(run, "conv1", "bn1", x, first=True))
@@ -628,23 +630,25 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
     pi = xp.asarray(tail.targets(len(layers), classes), np.float64 if xp is np else x.dtype)
     targets = dict(zip(layers, pi))  # all layers in one copy to a GPU
     channels = sum(p[layer + ".weight"].size for layer in layers)
-    parts = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0)
+    parts, found = dict.fromkeys(("bn", "oh", "bal", "adv", "rca", "tar"), 0.0), []
     def tap(layer, a):
         gamma, mean, var = (p[f"{layer}.{v}"] for v in ("weight", "running_mean", "running_var"))
         share = gamma.size / channels  # the mean of Eq. (8) is over the channels of all layers
         if fast(a):
             losses, back = fast_tap(a, gamma, mean, var, targets[layer], weights.bn,
-                                    weights.tar * share, tail)
+                                    weights.tar, share, tail)
         else:
             bn, bn_back = bn_matching(a, mean, var) if weights.bn else (0.0, lambda dloss: 0.0)
             exceed, tar_back = (tar(a, gamma, mean, var, targets[layer], tail.kappa, tail.tau)
                                 if weights.tar else (0.0, lambda dloss: 0.0))
-            losses = bn, exceed
-            back = lambda: bn_back(weights.bn) + tar_back(weights.tar * share)
-        parts["bn"], parts["tar"] = parts["bn"] + losses[0], parts["tar"] + losses[1] * share
+            losses = xp.stack([xp.asarray(loss, a.dtype) for loss in (bn, share * exceed)])
+            back = lambda da: da + bn_back(weights.bn) + tar_back(weights.tar * share)
+        found.append(losses)
         return back
     normal, normal_back = normalise(x, teacher.mean, teacher.std)
     t, t_back = forward(teacher, normal, tap=tap if weights.bn or weights.tar else None, need="x")
+    if found:
+        parts["bn"], parts["tar"] = sum(found)
     dt, dt_features, dx = xp.zeros_like(t.logits), None, 0
     if weights.oh:
         parts["oh"], back = class_prior(t.logits, labels)
@@ -679,12 +683,13 @@ def distillation_loss(t, s, tau=4.0):
 def rate_matching(z, y, T, v_th, amplitude=1.0):
     """A layer of Eq. (12): mean over neurons and images of (z / A averaged over T - clip(y / V))^2.
     z (T*N, ...): its output in the student, values 0 and amplitude A. y (N, ...): in the teacher,
-    constant, clipped to 0 .. 1 in units of V = v_th > 0.   back: dloss, dz -> dz + its gradient."""
-    rate, time_back = mean_over_time(z, T)
+    constant, clipped to 0 .. 1 in units of V = v_th > 0.   back: dloss -> dz (N, ...), the same at
+    every step."""
+    rate = mean_over_time(z, T)[0]
     expect("y", y, *rate.shape)
     gap = rate * (1 / float(amplitude)) - xp.clip(y * (1 / v_th), 0, 1)
-    def back(dloss=1.0, dz=0.0):
-        return dz + time_back(gap * (2 * dloss / (gap.size * float(amplitude))))
+    def back(dloss=1.0):
+        return gap * (2 * dloss / (gap.size * T * float(amplitude)))
     return (gap * gap).mean(), back  # Eq. (12)
 
 def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
@@ -692,16 +697,16 @@ def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
     (r P + b - clip(y / V))^2 + ridge |P|^2 / C', r: z / A averaged over T.   z (T*N, H, W, C),
     y (N, H, W, C'), the rest as rate_matching. A hint (Romero et al. 2015) by ridge regression:
     without gradient for silent channels, with little where N H W is not far above C."""
-    rate, time_back = mean_over_time(z, T)
+    rate = mean_over_time(z, T)[0]
     expect("y", y, *rate.shape[:3], None)
     r, goal = (v.reshape(-1, v.shape[-1]) for v in (rate, xp.clip(y * (1 / v_th), 0, 1)))
     r, goal = (r - r.mean(0)) * (1 / float(amplitude)), goal - goal.mean(0)  # which finds b
     gram, moment = (to_host(r.T @ v / len(r)).astype(np.float64) for v in (r, goal))
     P = xp.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), moment), r.dtype)
     gap = r @ P - goal
-    def back(dloss=1.0, dz=0.0):  # P is the best, so that to change it would change nothing
-        dr = gap @ P.T * (2 * dloss / (gap.size * float(amplitude)))
-        return dz + time_back(dr.reshape(rate.shape))
+    def back(dloss=1.0):  # P is the best, so that to change it would change nothing
+        dr = gap @ P.T * (2 * dloss / (gap.size * T * float(amplitude)))
+        return dr.reshape(rate.shape)
     return (gap * gap).mean() + ridge * (P * P).sum() / P.shape[1], back  # Eq. (12)
 
 def matched_layers(student, teacher):
@@ -717,9 +722,9 @@ def matched_layers(student, teacher):
 
 def sgd(params, grads, state, lr, momentum=0.9, nesterov=False, weight_decay=0.0):
     """g += weight_decay p;   v = momentum v + g;   p -= lr (g + momentum v if nesterov else v)."""
+    if gpu_update("sgd", params, grads, state, [""], lr, momentum, weight_decay, nesterov):
+        return
     for name, g in grads.items():
-        if gpu_update("sgd", params[name], g, state, [name], lr, momentum, weight_decay, nesterov):
-            continue
         g = g + weight_decay * params[name]
         v = state[name] = momentum * state[name] + g if name in state else g
         params[name] -= lr * (g + momentum * v if nesterov else v)
@@ -728,10 +733,10 @@ def adam(params, grads, state, lr, betas=(0.9, 0.999), eps=1e-8):
     """p -= lr m / (sqrt v + eps); m, v: bias-corrected means of g and g^2 (Kingma & Ba 2015)."""
     step = state["step"] = state.get("step", 0) + 1
     rates, correct = [1 - beta for beta in betas], [1 - beta ** step for beta in betas]
+    if gpu_update("adam", params, grads, state, ["m.", "v."], lr, eps, *rates, *correct):
+        return
     for name, g in grads.items():
         moments = "m." + name, "v." + name
-        if gpu_update("adam", params[name], g, state, moments, lr, eps, *rates, *correct):
-            continue
         m, v = (state.get(k, 0) for k in moments)
         m, v = m + rates[0] * (g - m), v + rates[1] * (g * g - v)
         state |= zip(moments, (m, v))
@@ -1175,7 +1180,7 @@ def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, 
                 watch=outputs.__setitem__ if w_rate else None)[0]
     def watch(layer, z):
         fired[layer] = z
-        return lambda dz: backs.pop(layer)(w_rate / len(rates), dz) if layer in backs else dz
+        return lambda: backs.pop(layer)(w_rate / len(rates)) if layer in backs else None
     def criterion(s):
         same, mapped = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
         for layer, its in (same | mapped).items():
@@ -1688,7 +1693,10 @@ def parallel(function, n, chunk):
 
 def accumulate(x, more):
     """x += more"""
-    parallel(lambda i, j: xp.add(x[i:j], more[i:j], out=x[i:j]), len(x), images_a_chunk(x, None))
+    def part(i, j):
+        some = x[i:j]
+        some += more[i:j]
+    parallel(part, len(x), images_a_chunk(x, None))
 
 def keep_pages():
     """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""
@@ -1889,7 +1897,7 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
         def activation_back(i, j, dz, dv):
             u, du = [*membranes(i, j)], dv[:, i:j]
             for t in reversed(range(T)):
-                np.multiply(dz[t, i:j], amplitude / v_th, out=du[t])
+                np.multiply(dz[t], amplitude / v_th, out=du[t])
                 du[t] *= surrogate(u[t] * (1 / v_th) - 1)
                 if t + 1 < T:
                     dkept = lam * du[t + 1]
@@ -1903,13 +1911,14 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
             np.maximum(y, y * slope, out=y)
         def activation_back(i, j, dz, dv):
             np.maximum(z[0, i:j] > 0, slope, out=dv[0, i:j])
-            dv[0, i:j] *= dz[0, i:j]
+            dv[0, i:j] *= dz[0]
     parallel(forward, v.shape[1], chunk)
-    def back(dz):
+    def back(dz, each=None):
         dz, dv = dz.reshape(z.shape), np.empty_like(z)
+        each = 0 if each is None else each.reshape(z[0].shape)
         da = dv[:len(v)] if kept is None else np.empty_like(v)
         def part(i, j):
-            activation_back(i, j, dz, dv)
+            activation_back(i, j, dz[:, i:j] + each[i:j] if np.ndim(each) else dz[:, i:j], dv)
             steps = zip(dv[:, i:j], v[:, i:j]) if train or "p" in need else ()
             sums = sum(([_sum(d, C), _sum(d * x, C)] for d, x in steps), np.zeros((2, C)))
             np.multiply(dv[:len(v), i:j], scale, out=da[:, i:j])
@@ -1926,13 +1935,14 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
         return da.reshape(a.shape), *params, None if kept is None else dv.reshape(shortcut.shape)
     return (z.reshape(-1, *a.shape[1:]), running), back
 
-def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
+def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, share, tail, chunk=None):
     """A layer of Eq. (3) and (8), from sums of y, the normalised a, of y^2 and of the tanh of (8).
-    -> (l_bn, l_tar), back: () -> d(w_bn l_bn + w_tar l_tar)/da"""
+    -> (l_bn, share l_tar), 0 without their weights; back: da -> da, to which the gradient of
+    w_bn l_bn + w_tar share l_tar was added"""
     C, v, count = a.shape[-1], a.reshape(len(a), -1), a.size // a.shape[-1]
     width, levels = 2 * tail.tau, [k / (2 * tail.tau) for k in tail.kappa] if w_tar else []
     if xp is not np:
-        return gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels)
+        return gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, share, width, levels)
     sd, chunk = np.sqrt(var + var.dtype.type(1e-5)), images_a_chunk(a, chunk)
     scale, shift, turn = (_row(x, v) for x in (1 / sd, -mean / sd, np.sign(gamma) / width))
     def normal(i, j):  # y, and the tanh for each level: sigmoid(2 x) = (1 + tanh x) / 2
@@ -1950,43 +1960,44 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=None):
         pi = np.asarray(pi)[:, None]
         d = 0.5 + 0.5 * np.stack(tails) - pi
         l_tar = (d ** 2 / (pi * (1 - pi))).mean()
-    def back():
+    def back(da):
         dm, dv = gaps / np.where(norms > 0, norms, 1) * w_bn
         dsums = [dm * sd - 2 * m * dv * sd * sd, dv * sd * sd]
-        dsums += [*(w_tar / d.size * d / (pi * (1 - pi)))] if levels else []
-        dsums, da = np.stack(dsums) / count, np.empty_like(v)
+        dsums += [*(w_tar * share / d.size * d / (pi * (1 - pi)))] if levels else []
+        dsums, dv = np.stack(dsums) / count, np.ascontiguousarray(da).reshape(v.shape)
         tilt = dsums[2:] * np.sign(gamma) / width / sd
         linear, constant = _row(2 * dsums[1] / sd, v), _row(dsums[0] / sd + tilt.sum(0), v)
         weights = [_row(-x, v) for x in tilt]
         def part(i, j):
             y, tanhs = normal(i, j)
-            np.multiply(y, linear, out=da[i:j])
-            da[i:j] += constant
+            y *= linear
+            y += constant
             for t, weight in zip(tanhs, weights):  # (1 - tanh^2) tilt
-                da[i:j] += t * t * weight
+                y += t * t * weight
+            dv[i:j] += y
         parallel(part, len(a), chunk)
-        return da.reshape(a.shape)
-    return (l_bn, l_tar), back
+        return dv.reshape(a.shape)
+    return np.array([l_bn, share * l_tar]), back
 
 def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
-    """Eq. (12) as rate_matching of section 5, without T copies of its gradient."""
-    v, y = z.reshape(T, len(y), -1), y.reshape(len(y), -1)
+    """Eq. (12) as rate_matching of section 5."""
+    v, y, shape = z.reshape(T, len(y), -1), y.reshape(len(y), -1), y.shape
     gap, chunk = xp.empty(y.shape, y.dtype), images_a_chunk(y, chunk)
     def part(i, j):
-        if xp is np:
-            np.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
-            gap[i:j] -= np.clip(y[i:j] * (1 / v_th), 0, 1)
-        return xp.vdot(gap[i:j], gap[i:j])
-    if xp is not np:
-        launch("rate", y.size, v, y, gap, 1 / (T * float(amplitude)), 1 / float(v_th), T=T)
-    loss = sum(parallel(part, len(y), chunk)) / gap.size
-    def back(dloss, dz):
-        out = xp.empty_like(v)
-        def part(i, j):
-            step = gap[i:j] * (2 * dloss / (gap.size * T * float(amplitude)))
-            xp.add(dz.reshape(v.shape)[:, i:j], step, out=out[:, i:j])
-        parallel(part, len(y), chunk)
-        return out.reshape(z.shape)
+        np.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
+        gap[i:j] -= np.clip(y[i:j] * (1 / v_th), 0, 1)
+        return np.vdot(gap[i:j], gap[i:j])
+    if xp is np:
+        loss = sum(parallel(part, len(y), chunk)) / gap.size
+    else:
+        parts = xp.empty(min(gap.size, GPU_THREADS), y.dtype)
+        launch("rate", parts.size, v, y, gap, parts, gap.size, 1 / (T * float(amplitude)),
+               1 / float(v_th), T=T)
+        loss = parts.sum()
+    def back(dloss):
+        dz, k = xp.empty_like(gap), 2 * dloss / (gap.size * T * float(amplitude))
+        parallel(lambda i, j: xp.multiply(gap[i:j], k, out=dz[i:j]), len(gap), chunk)
+        return dz.reshape(shape)
     return loss, back
 
 # -- GPU: i is the number of a thread, n how many there are. e is x - mean, y normalised; sizes are
@@ -2031,15 +2042,23 @@ STEPS = """
         if (SHORTCUT) drive += shortcut[t * size + i];
         u = lam * u + drive;"""
 
+ROWS = "real* const* __restrict__ table, int rows, "
+EACH_ROW = """
+    for (auto row = table, end = table + rows * WIDTH; row < end; row += WIDTH)
+        for (size_t first = i, size = size_t(row[WIDTH - 1]); first < size; first += n) {
+            size_t i = first;
+            real* g = row[0];%s
+        }"""
+
 KERNELS = {  # name: (arguments, body)
     # windows (N, h, w, taps), every D pixels, of x (N, H, W, C) with zeros around it and, if U is
     # 2, between its pixels; taps: (C / GROUP, R, S, GROUP). Their product with b (taps, K) or, if
     # DW, that of their transpose with b (N, h, w, K), in parts. A block makes ROWS x BN of y, 16
-    # taps or pixels at a time, X warps side by side; swap, LINE: a memory bank serves one thread
+    # taps or pixels at a time, X warps side by side, each M * 16 rows; b of TF32 is rounded before,
+    # but for DW; swap, LINE: a memory bank serves one thread
     "windows": ("in x, in b, out y, int pixels, int span", """
-        const int TAPS = R * S * C, M = DW ? 1 : BN > 64 ? 4 : 2, X = M == 1 ? 1 : BN > 32 ? M : 1;
-        const int J = BN / X / 8, ROWS = THREADS / X / 2 * M, WIDE = DW ? ROWS : 16;
-        const int LINE = WIDE + (DW ? 8 : 0), LINE_B = BN + 8;
+        const int TAPS = R * S * C, J = BN / X / 8, ROWS = THREADS / X / 2 * M;
+        const int WIDE = DW ? ROWS : 16, LINE = WIDE + (DW ? 8 : 0), LINE_B = BN + 8;
         alignas(16) __shared__ float A[2][ROWS * 16 / WIDE * LINE], B[2][16 * LINE_B];
         int rows = DW ? TAPS : pixels, down = (rows + ROWS - 1) / ROWS, across = (K + BN - 1) / BN;
         int i0 = blockIdx.x / across % down * ROWS, j0 = blockIdx.x % across * BN;
@@ -2060,14 +2079,13 @@ KERNELS = {  # name: (arguments, body)
                 bool inside = p < pixels && q < TAPS && row < H * U && column < W * U &&
                               row % U == 0 && column % U == 0;
                 size_t pixel = (p / (w * h) * H + row / U) * W + column / U;
-                copy<VA>(A + line * LINE + (at ^ swap), x + (inside ? pixel * C + c : 0), inside);
+                copy<VA>(A + line * LINE + (at ^ swap), x + (pixel * C + c), inside);
             }
             for (int u = 0; u < BN * 16 / VB; u += THREADS) {
                 unsigned e = (u + thread) * VB, k = k0 + e / BN, j = j0 + e % BN;
-                bool inside = k < end && j < K;
-                if (e < BN * 16)
-                    copy<VB>(B + e / BN * LINE_B + e % BN, b + (inside ? size_t(k) * K + j : 0),
-                             inside);
+                if (BN * 16 % (THREADS * VB) == 0 || e < BN * 16)
+                    copy<VB>(B + e / BN * LINE_B + e % BN, b + (size_t(k) * K + j),
+                             k < end && j < K);
             }
         };
         load(begin, A[0], B[0]);
@@ -2075,6 +2093,7 @@ KERNELS = {  # name: (arguments, body)
             copied();
             __syncthreads();
             if (k0 + 16 < end) load(k0 + 16, A[at ^ 1], B[at ^ 1]);
+            #pragma unroll
             for (int step = 0; step < 16; step += 8) {
                 float a[2][M][4], b[2][J][2];  // TF32, and of float32 what it leaves: if one is
                 for (int m = 0; m < M; m++)    // rounded, what both leave is of either sign
@@ -2087,7 +2106,7 @@ KERNELS = {  # name: (arguments, body)
                 for (int j = 0; j < J; j++)
                     for (int v = 0; v < 2; v++) {
                         float x = B[at][(step + member + v * 4) * LINE_B + wj + j * 8 + group];
-                        b[0][j][v] = TF32 ? nearest(x) : cut(x, DW ? 0 : 0x1000);
+                        b[0][j][v] = !TF32 ? cut(x, DW ? 0 : 0x1000) : DW ? nearest(x) : x;
                         b[1][j][v] = cut(x - b[0][j][v], 0);
                     }
                 for (int m = 0; m < M; m++)
@@ -2101,12 +2120,22 @@ KERNELS = {  # name: (arguments, body)
         }
         for (int m = 0; m < M; m++)
             for (int j = 0; j < J; j++)
-                for (int v = 0; v < 4; v++) {
+                for (int v = 0; v < 4; v += K % 2 ? 1 : 2) {
                     int row = i0 + wi + m * 16 + v / 2 * 8;
                     int column = j0 + wj + j * 8 + member * 2 + v % 2;
-                    if (row < rows && column < K)
-                        y[(size_t(part) * rows + row) * K + column] = sum[m][j][v];
+                    float* to = y + (size_t(part) * rows + row) * K + column;
+                    if (row >= rows || column >= K) continue;
+                    if (K % 2) *to = sum[m][j][v];
+                    else *(float2*) to = make_float2(sum[m][j][v], sum[m][j][v + 1]);
                 }"""),
+    # weights w (K, C, R, S) as b of "windows"; then, if n > SIZE, the (C, K, R, S) of its adjoint
+    "taps": ("in w, out y", """
+        bool turned = i >= SIZE;
+        int L = turned ? C : K, G = turned ? GROUP_K : GROUP, j = turned ? i - SIZE : i;
+        int l = j % L, q = j / L, s = q / G % S, r = q / (G * S) % R, c = q / (G * S * R) * G + q % G;
+        int from = turned ? ((c * C + l) * R + R - 1 - r) * S + S - 1 - s
+                          : ((l * C + c) * R + r) * S + s;
+        y[i] = TF32 ? nearest(w[from]) : w[from];"""),
     # of each channel and every (n / C)-th row, sums of K terms
     "sums": ("in x, in gamma, in mean, in var, out parts, int rows", NORM + """
         real sum[K] = {};
@@ -2132,18 +2161,18 @@ KERNELS = {  # name: (arguments, body)
         }"""),
     # dz to the gradient of what batch norm gives, Eq. (2), added up over T if FIRST; in eval mode
     # on to that of what it gets; and each thread's sums of dy and of dy y, of one channel
-    "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, out dy, out da, "
-                  "out sums, int size, real lam, real start, real V, real A", NORM + """
+    "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, in each, out dy, "
+                  "out da, out sums, int size, real lam, real start, real V, real A", NORM + """
         real m[T], sum = 0, sum_y = 0, share = 1 / V, slope = A * share;
         for (int first = i; first < size; first += n) {
             int i = first;""" + STEPS + """
                 m[t] = SLOPE < 0 ? u : drive;
                 if (u >= V) u = HARD ? 0 : u - V;
             }
-            real kept = 0, over_time = 0;
+            real kept = 0, over_time = 0, more = EACH ? each[i] : 0;
             for (int t = T - 1; t >= 0; t--) {
                 int at = FIRST ? i : t * size + i;
-                real x = m[t] * share - 1, du = dz[t * size + i];
+                real x = m[t] * share - 1, du = dz[t * size + i] + more;
                 if (SLOPE >= 0) du *= m[t] > 0 ? 1 : real(SLOPE);
                 else du = du * slope * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
                 kept = lam * du;
@@ -2157,54 +2186,61 @@ KERNELS = {  # name: (arguments, body)
         }
         sums[c * (n / C) + i / C] = sum;
         sums[n + c * (n / C) + i / C] = sum_y;"""),
-    # Eq. (12): the rate of spikes less the wanted one
-    "rate": ("in z, in y, out gap, real scale, real scale_y", """
-        real sum = 0;
-        for (int t = 0; t < T; t++) sum += z[size_t(t) * n + i];
-        real goal = y[i] * scale_y;
-        gap[i] = sum * scale - (goal < 0 ? 0 : goal > 1 ? 1 : goal);"""),
+    # Eq. (12): the rate of spikes less the wanted one, and each thread's share of the loss
+    "rate": ("in z, in y, out gap, out parts, int size, real scale, real scale_y", """
+        real square = 0;
+        for (int j = i; j < size; j += n) {
+            real sum = 0, goal = y[j] * scale_y;
+            for (int t = 0; t < T; t++) sum += z[size_t(t) * size + j];
+            gap[j] = sum * scale - (goal < 0 ? 0 : goal > 1 ? 1 : goal);
+            square += gap[j] * gap[j];
+        }
+        parts[i] = square / size;"""),
     # adjoint of batch norm in train mode, from dy and the sums of dy and of dy y
     "norm_back": ("in dy, in x, in gamma, in mean, in var, in sums, out dx, real share", NORM + """
         real y = (x[i] - mean[c]) * inv;
         dx[i] = gamma[c] * inv * (dy[i] - (sums[c] + y * sums[C + c]) * share);"""),
     # Eq. (3), Eq. (8) and their gradient on the sums of y, y^2 and K tanhs from these sums
-    "tap": ("in sums, in var, in pi, out losses, out dsums, real share, real w_bn, real w_tar", """
+    "tap": ("in sums, in var, in pi, out losses, out dsums, real per, real w_bn, real w_tar, "
+            "real share", """
         real m, v, gap, mean_norm = 0, var_norm = 0, loss = 0;
         for (int k = C; k >= 0; k--) {  // each channel, the last time that of the thread
             int c = k ? k - 1 : i;
-            m = sums[c] * share, v = var[c] + real(1e-5);
-            gap = (sums[C + c] * share - m * m) * v - var[c];
+            m = sums[c] * per, v = var[c] + real(1e-5);
+            gap = (sums[C + c] * per - m * m) * v - var[c];
             mean_norm += k ? m * m * v : 0, var_norm += k ? gap * gap : 0;
         }
         mean_norm = sqrt(mean_norm), var_norm = sqrt(var_norm);
-        dsums[C + i] = var_norm > 0 ? w_bn * gap / var_norm * v * share : 0;
-        dsums[i] = (mean_norm > 0 ? w_bn * m / mean_norm * v * share : 0) - 2 * m * dsums[C + i];
+        dsums[C + i] = var_norm > 0 ? w_bn * gap / var_norm * v * per : 0;
+        dsums[i] = (mean_norm > 0 ? w_bn * m / mean_norm * v * per : 0) - 2 * m * dsums[C + i];
         for (int k = 2; k < K + 2; k++) {
             real pi_k = pi[k - 2], scale = 1 / (pi_k * (1 - pi_k) * K * C), d;
             for (int c = 0; c < C; c++)
-                d = real(.5) + sums[k * C + c] * share / 2 - pi_k, loss += d * d * scale;
-            d = real(.5) + sums[k * C + i] * share / 2 - pi_k;
-            dsums[k * C + i] = w_tar * d * scale * share;
+                d = real(.5) + sums[k * C + c] * per / 2 - pi_k, loss += d * d * scale;
+            d = real(.5) + sums[k * C + i] * per / 2 - pi_k;
+            dsums[k * C + i] = w_tar * share * d * scale * per;
         }
-        losses[0] = mean_norm + var_norm;  // the same from all threads
-        losses[1] = loss;"""),
-    # adjoint of sums of y, y^2 and tanh(sign y / WIDTH - LEVEL), ..
+        losses[0] = w_bn > 0 ? mean_norm + var_norm : 0;  // the same from all threads
+        losses[1] = loss * share;"""),
+    # adds the adjoint of sums of y, y^2 and tanh(sign y / WIDTH - LEVEL), ..
     "tap_back": ("in x, in gamma, in mean, in var, in dsums, out dx", NORM + """
         real y = (x[i] - mean[c]) * inv, level[] = {LEVELS}, sum = dsums[c] + 2 * y * dsums[C + c];
         for (int k = 0; k < K; k++) {
             real soft = tanh(sign * y / real(WIDTH) - level[k]);
             sum += dsums[(2 + k) * C + c] * sign / real(WIDTH) * (1 - soft * soft);
         }
-        dx[i] = sum * inv;"""),
-    "sgd": ("in g, out v, out p, real lr, real momentum, real weight_decay, real nesterov", """
-        real d = g[i] + weight_decay * p[i];
-        v[i] = momentum * v[i] + d;
-        p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);"""),
-    "adam": ("in g, out m, out v, out p, real lr, real eps, real rate, real rate2, real correct, "
-             "real correct2", """
-        m[i] += rate * (g[i] - m[i]);
-        v[i] += rate2 * (g[i] * g[i] - v[i]);
-        p[i] -= lr * (m[i] / correct) / (sqrt(v[i] / correct2) + eps);""")}
+        dx[i] += sum * inv;"""),
+    # all parameters at once: a row has the addresses of g, of what is updated, and the size
+    "sgd": (ROWS + "real lr, real momentum, real weight_decay, real nesterov", EACH_ROW % ("""
+            real *v = row[1], *p = row[2], d = g[i] + weight_decay * p[i];
+            v[i] = momentum * v[i] + d;
+            p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);""")),
+    "adam": (ROWS + "real lr, real eps, real rate, real rate2, real correct, real correct2",
+             EACH_ROW % ("""
+            real *m = row[1], *v = row[2], *p = row[3];
+            m[i] += rate * (g[i] - m[i]);
+            v[i] += rate2 * (g[i] * g[i] - v[i]);
+            p[i] -= lr * (m[i] / correct) / (sqrt(v[i] / correct2) + eps);"""))}
 CUDA_SURROGATES = dict(sigmoid="1 - tanh(2 * x) * tanh(2 * x)",
                        triangle="x * x < 1 ? 1 - fabs(x) : 0",
                        atan=f"1 / (1 + real({np.pi ** 2}) * x * x)")
@@ -2218,16 +2254,19 @@ def _compiled(name, dtype, constants):
                                    "int i = blockIdx.x * blockDim.x + threadIdx.x;",
                                    f"if (i >= n) return;{body} }}"]), name)
 
-def launch(name, n, *arguments, **constants):
+def launch(name, n, *arguments, dtype=None, **constants):
     """Run n threads of a kernel on arrays of one dtype, inputs taken as contiguous, and numbers."""
-    dtype = arguments[0].dtype
+    dtype = dtype or arguments[0].dtype
     kernel = _compiled(name, dtype, (*constants.items(),))
     threads = constants.get("THREADS", 256)
     kernel((-(-n // threads),), (threads,), (np.int32(n), *(
         np.int32(v) if isinstance(v, int) else dtype.type(v) if isinstance(v, float) else
         v if v.flags.c_contiguous else xp.ascontiguousarray(v) for v in arguments)))
 
-GPU_BLOCKS, GPU_THREADS = 1 << 9, 1 << 17  # to fill a GPU, where sums are made in parts
+GPU_BLOCKS, GPU_THREADS = 1 << 10, 1 << 17  # to fill a GPU, where sums are made in parts
+
+def gpu_address(v):
+    return v.data.ptr
 
 def tensor_cores():
     """Whether the GPU has those of "windows"; without them the formulas multiply matrices."""
@@ -2237,36 +2276,49 @@ def _group(C):
     """How many of C channels lie together among the taps of "windows"."""
     return 16 if C % 16 == 0 else C
 
+def _tf32():
+    return int(os.environ.get("CUPY_TF32") == "1")
+
+def _tiles(C, K, DW):
+    """BN, M, X and THREADS of "windows", the fastest of those tried on an H100."""
+    if DW and (C < 32 or C % 4):
+        return min(64, K + -K % 16), 1, 1, 288
+    if K <= 32:
+        return 16 if K <= 16 else 32, 2, 1, 128
+    if _tf32():
+        return (128, 4, 2, 128) if K > 64 else (64, 4 if DW else 2, 1, 128)
+    if DW:
+        return 64, 4 if K > 64 else 2, 1, 128
+    return (128, 4, 4, 256) if K > 64 else (64, 4, 2, 256)
+
 def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
     """The kernel of that name: x (N, H, W, C), b -> (parts, rows, K)."""
     N, H, W, C = x.shape
     pixels, taps = N * h * w, R * S * C
-    TF32 = int(os.environ.get("CUPY_TF32") == "1")  # which leaves registers for wider blocks
-    BN = 16 if K <= 16 else 32 if K <= 32 else 128 if K > 64 and TF32 and not DW else 64
-    rows, tile, threads = (taps, 144, 288) if DW else (pixels, 128 if BN > 32 else 256, 256)
+    BN, M, X, threads = _tiles(C, K, DW)
+    rows, tile = taps if DW else pixels, threads // X // 2 * M
     tiles = -(-rows // tile) * -(-K // BN)
     span = 16 * -(-(pixels if DW else taps) // (16 * max(1, DW * GPU_BLOCKS // tiles)))
     parts = -(-pixels // span) if DW else 1
     y = xp.empty((parts, rows, K), x.dtype)
     launch("windows", parts * tiles * threads, x, b, y, pixels, span, C=C, H=H, W=W, h=h, w=w, R=R,
-           S=S, D=D, U=U, K=K, DW=DW, BN=BN, GROUP=_group(C), VA=1 if C % 4 else 4,
-           VB=1 if K % 4 else 4, THREADS=threads, TF32=TF32)
+           S=S, D=D, U=U, K=K, DW=DW, BN=BN, M=M, X=X, GROUP=_group(C), VA=1 if C % 4 else 4,
+           VB=1 if K % 4 else 4, THREADS=threads, TF32=_tf32())
     return y
 
 def gpu_conv2d(x, w, stride=1, need="xp"):
     """conv2d, each of its three products a kernel that takes the windows from where they are: in
     TF32, or as three such products with the precision of float32."""
     (N, H, W, C), (K, _, R, S), (h, v) = x.shape, w.shape, (-(-n // stride) for n in x.shape[1:3])
-    def taps(w):  # (K, C, R, S) -> (taps, K)
-        K, C, R, S = w.shape
-        return w.reshape(K, -1, _group(C), R, S).transpose(1, 3, 4, 2, 0).reshape(-1, K)
-    y = gpu_windows(x, taps(w), K, R, S, h, v, D=stride).reshape(N, h, v, K)
+    taps = xp.empty((1 + ("x" in need), w.size), x.dtype)
+    launch("taps", taps.size, w, taps, C=C, K=K, R=R, S=S, SIZE=w.size, GROUP=_group(C),
+           GROUP_K=_group(K), TF32=_tf32())
+    y = gpu_windows(x, taps[0], K, R, S, h, v, D=stride).reshape(N, h, v, K)
     kept = x if "p" in need else None
     def back(dy):
         dx = dw = None
         if "x" in need:
-            turned = taps(w[:, :, ::-1, ::-1].swapaxes(0, 1))
-            dx = gpu_windows(dy, turned, C, R, S, H, W, U=stride).reshape(N, H, W, C)
+            dx = gpu_windows(dy, taps[1], C, R, S, H, W, U=stride).reshape(N, H, W, C)
         if "p" in need:
             dw = gpu_windows(kept, dy, K, R, S, h, v, D=stride, DW=1).sum(0)
             dw = dw.reshape(-1, R, S, _group(C), K).transpose(4, 0, 3, 1, 2)
@@ -2282,30 +2334,35 @@ def gpu_sums(x, gamma, mean, var, *terms):
            TERMS=", ".join(terms))
     return parts.sum(2)
 
-def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, width, levels):
+def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, share, width, levels):
     """fast_tap; one kernel has the losses and their gradient on the sums."""
     C, K = a.shape[-1], len(levels)
     sums = gpu_sums(a, gamma, mean, var, "y", "y * y", *(
         f"tanh(sign * y / real({width}) - real({level}))" for level in levels))
     losses, dsums = xp.empty(2, a.dtype), xp.empty(sums.shape, a.dtype)
     launch("tap", C, sums, var, xp.asarray(pi, a.dtype), losses, dsums, C / a.size,
-           float(w_bn), float(w_tar), C=C, K=K)
-    def back():
-        da = xp.empty(a.shape, a.dtype)
+           float(w_bn), float(w_tar), float(share), C=C, K=K)
+    def back(da):
+        da = xp.ascontiguousarray(da)
         launch("tap_back", a.size, a, gamma, mean, var, dsums, da, C=C, K=K, WIDTH=width,
                LEVELS=", ".join(map(str, [*levels, 0])))
         return da
-    return (losses[0] if w_bn else 0.0, losses[1]), back
+    return losses, back
 
-def gpu_update(kernel, p, g, state, names, *numbers):
-    """Whether it was a kernel that updated p and its moments state[names] by the gradient g."""
-    if xp is np or not fast(g):
+def gpu_update(kernel, params, grads, state, moments, *numbers):
+    """Whether a kernel has updated params and their state[moment + name], of each of moments."""
+    if xp is np or not all(map(fast, grads.values())):
         return False
-    state |= {name: xp.zeros(g.shape, g.dtype) for name in names if name not in state}
-    written = [*(state[name] for name in names), p]
-    if not all(v.flags.c_contiguous for v in written):
-        return False
-    launch(kernel, g.size, g, *written, *map(float, numbers))
+    table, kept = [], []
+    for name, g in grads.items():
+        state |= {m + name: xp.zeros(g.shape, g.dtype) for m in moments if m + name not in state}
+        written = *(state[m + name] for m in moments), params[name]
+        if not all(v.flags.c_contiguous for v in written):
+            return False
+        kept.append(xp.ascontiguousarray(g))
+        table.append([*map(gpu_address, (kept[-1], *written)), g.size])
+    launch(kernel, GPU_THREADS, xp.asarray(table), len(table), *map(float, numbers),
+           dtype=kept[0].dtype, WIDTH=len(table[0]))
     return True
 
 def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitude, first, shortcut,
@@ -2326,12 +2383,12 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
                  HARD=int(n.reset == "hard"), SURROGATE=CUDA_SURROGATES[n.surrogate],
                  SLOPE=FAST_SLOPES.get(activation, -1.0))
     launch("fire", size, *given, z, *numbers, **sizes)
-    def back(dz):
+    def back(dz, each=None):
         da = xp.empty(a.shape, a.dtype)
         dy = xp.empty(a.shape, a.dtype) if train or shortcut is not None else da
         parts = xp.empty((2, C, max(1, GPU_THREADS // C)), a.dtype)
-        launch("fire_back", parts[0].size, *given, dz, dy, da, parts, size, *numbers, **sizes,
-               TRAIN=int(train))
+        launch("fire_back", parts[0].size, *given, dz, a if each is None else each, dy, da, parts,
+               size, *numbers, **sizes, TRAIN=int(train), EACH=int(each is not None))
         sums = parts.sum(2) if train or "p" in need else None
         if train:
             launch("norm_back", a.size, dy, a, gamma, mean, var, sums, da, 1 / count, C=C)

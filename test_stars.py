@@ -730,7 +730,7 @@ def networks_skip_gradients_and_take_taps(S):
     for family in ("option A", "projection", "vgg11"):
         net, x = net_of(S, family, smooth), images_of(family)
         dlogits = normal(3, (3, 3))
-        tap = lambda layer, a: lambda: 2 * a  # the gradient of the sum of its squares
+        tap = lambda layer, a: lambda da: da + 2 * a  # the gradient of the sum of its squares
         dx, grads = S.forward(net, x, tap=tap)[1](dlogits)
         only_x = S.forward(net, x, tap=tap, need="x")[1](dlogits)
         only_p = S.forward(net, x, tap=tap, need="p")[1](dlogits)
@@ -753,13 +753,15 @@ def networks_are_watched(S):
             losses = []
             def watch(layer, z):
                 seen[layer] = seen.get(layer, 0) + 1
-                losses.append((z * z).sum())
-                return lambda dz: dz + 2 * z
+                total = z.reshape(T, len(x), -1).sum(0)
+                losses.append((total * total).sum())
+                return lambda: 2 * total.reshape(z[:len(x)].shape)
             out, back = S.forward(net, x, watch=watch)
             return (out.logits * dlogits).sum() + sum(losses), lambda d: d * back(dlogits)[0]
         assert_gradient(watched, x, tol=1e-6)
         assert {*seen} == {k for k in S.batch_norms(net.params) if "shortcut" not in k}
-        assert S.forward(net, x, watch=lambda layer, z: None)[1](dlogits)[0].any()
+        assert all(S.forward(net, x, watch=lambda layer, z: back)[1](dlogits)[0].any()
+                   for back in (None, lambda: None))
 
 def generator_case(S, size=8, classes=0, n=4, seed=0):
     """Weights, latents, labels; of a class-conditional generator the latents end in them."""
@@ -970,6 +972,13 @@ def tail_targets_are_expectations_under_their_law(S):
                               for k in kappa], 1e-6)
     assert_close(S.Tail(shift=(0, 0)).targets(2, 10), [[0.1805, 0.0343, 0.0033]] * 2, 1e-3)
 
+def at_every_step(f, y, T, *more):
+    """A layer of Eq. (12) as a function of z, with the gradient on all of z."""
+    def value(z):
+        loss, back = f(z, y, T, *more)
+        return loss, lambda dloss: np.concatenate([back(dloss)] * T)
+    return value
+
 @checks(T=st.integers(1, 4), seed=SEED)
 def rate_matching_is_equation_12(S, T=3, seed=0):
     z, y = normal(seed, (T * 2, 2, 3, 2), (2, 2, 3, 2))
@@ -979,7 +988,7 @@ def rate_matching_is_equation_12(S, T=3, seed=0):
     expected = sum((a - b) ** 2 for a, b in zip(e_s, e_t)) / y.size
     assert_close(S.rate_matching(z, y, T, V, A)[0], expected, 3e-3)
     assert S.rate_matching(A * fixed(np.concatenate([y > 0] * T)), 9 * y, T, 1e-9, A)[0] < 1e-20
-    assert_gradient(lambda z: S.rate_matching(z, y, T, V, A), z)
+    assert_gradient(at_every_step(S.rate_matching, y, T, V, A), z)
 
 @checks(T=st.integers(1, 4), C=st.integers(1, 4), seed=SEED)
 def rate_mapping_is_equation_12_up_to_a_linear_map(S, T=3, C=3, seed=0):
@@ -992,7 +1001,7 @@ def rate_mapping_is_equation_12_up_to_a_linear_map(S, T=3, C=3, seed=0):
     best = np.linalg.lstsq(rows, goals, rcond=None)[0]
     expected = ((rows @ best - goals) ** 2).sum() / n / 5
     assert_close(S.rate_mapping(z, y, T, V, A)[0], expected)
-    assert_gradient(lambda z: S.rate_mapping(z, y, T, V, A), z)
+    assert_gradient(at_every_step(S.rate_mapping, y, T, V, A), z)
     hidden, turn = normal(seed + 1, (2, 3, 4, C), (C, C))  # what a map undoes is no error
     turned = np.concatenate([hidden @ (turn + 3 * np.eye(C))] * T)
     assert S.rate_mapping(turned, 0.5 + 0.01 * hidden, T, 1.0, A, 1e-9)[0] < 1e-9
@@ -1406,7 +1415,7 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("(dbeta + normal * dgamma) / count", "normal * dgamma / count", "batch_norm_gradient"),
     ("(dbeta + normal * dgamma) / count", "dbeta / count", "batch_norm_gradient"),
     ("(count / (count - 1))", "1", "batch_norm_is_its_definition"),
-    ("accumulate(da, tap_back())", "tap_back()", "networks_skip_gradients_and_take_taps"),
+    ("da = tap_back(da)", "tap_back(da)", "networks_skip_gradients_and_take_taps"),
     ("mask = x > 0\n    return xp.maximum", "mask = x >= 0\n    return xp.maximum",
      "relu_has_gradient_zero_at_zero"),
     ("mask = x > 0\n    return xp.where", "mask = x >= 0\n    return xp.where",
@@ -1454,16 +1463,14 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
      "tar_looks_towards_firing_by_the_sign_of_gamma"),
     ("rate * (1 / float(amplitude))", "rate", "rate_matching_is_equation_12"),
     ("- xp.clip(y * (1 / v_th), 0, 1)", "- y * (1 / v_th)", "rate_matching_is_equation_12"),
-    ("time_back(gap * (2 * dloss / (gap.size * float(amplitude))))",
-     "time_back(gap * (2 * dloss / gap.size))", "rate_matching_is_equation_12"),
-    ("return dz + time_back(gap", "return dz - time_back(gap", "distillation_gradient_option_A"),
-    ("return dz + time_back(dr", "return dz - time_back(dr",
-     "distillation_gradient_projection_of_vgg11"),
+    ("gap * (2 * dloss / (gap.size * T *", "gap * (2 * dloss / (gap.size *",
+     "rate_matching_is_equation_12"),
+    ("dz + repeat_over_time(each, T)[0]", "dz - repeat_over_time(each, T)[0]",
+     "distillation_gradient_option_A"),
     ("goal - goal.mean(0)", "goal", "rate_mapping_is_equation_12_up_to_a_linear_map"),
     ("ridge * (P * P).sum() / P.shape[1]", "ridge * (P * P).mean()",
      "rate_mapping_is_equation_12_up_to_a_linear_map"),
-    ("gap @ P.T * (2 * dloss / (gap.size * float(amplitude)))",
-     "gap @ P.T * (2 * dloss / gap.size)",
+    ("gap @ P.T * (2 * dloss / (gap.size * T *", "gap @ P.T * (2 * dloss / (gap.size *",
      "rate_mapping_is_equation_12_up_to_a_linear_map"),
     ("r - r.mean(0)", "r", "rate_mapping_is_equation_12_up_to_a_linear_map"),
     ("(rate, xp.clip(y * (1 / v_th), 0, 1))", "(rate, y * (1 / v_th))",
@@ -1479,7 +1486,7 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ('student.params.get(layer + ".amplitude", 1.0)', "1.0",
      "other_layers_are_mapped_and_the_same_are_not"),
     ("w_rate * sum(rates) /", "w_rate * sum(rates) * ", "distillation_gradient_option_A"),
-    ("(w_rate / len(rates), dz)", "(w_rate / len(thresholds), dz)",
+    ("(w_rate / len(rates))", "(w_rate / len(thresholds))",
      "distillation_gradient_option_A"),
     ("activation is run.activation and run.watch", "run.watch", "networks_are_watched"),
     ("(slope * (dloss / (tau * count)))", "(slope * (dloss / count))", "tar_is_equation_8"),
@@ -1528,7 +1535,7 @@ FAST_MUTANTS = [  # as above, of section 12
     ("+ tilt.sum(0)", "", "fast_tap_is_bn_matching_and_tar"),
     ("2 * dsums[1] / sd", "dsums[1] / sd", "fast_tap_is_bn_matching_and_tar"),
     ("- 2 * m * dv * sd * sd,", ",", "fast_tap_is_bn_matching_and_tar"),
-    ("w_tar / d.size", "w_tar", "fast_tap_is_bn_matching_and_tar"),
+    ("w_tar * share / d.size", "w_tar / d.size", "fast_tap_is_bn_matching_and_tar"),
     ("1 / (T * float(amplitude)), out", "1 / T, out", "fast_rate_matching_is_rate_matching"),
     ("gap.size * T * float", "gap.size * float", "fast_rate_matching_is_rate_matching"),
     *((old, new, "gpu_conv2d_is_conv2d") for old, new in (
@@ -1539,6 +1546,7 @@ FAST_MUTANTS = [  # as above, of section 12
         ("cut(x - a[0][m][v], 0)", "0"), ("cut(x - b[0][j][v], 0)", "0"),
         ("float x = A[at][", "float x = A[0]["), ("(at ^ swap)", "at"),
         ("TF32 ? nearest(x) : cut(x, DW ? 0x", "TF32 ? cut(x, 0) : cut(x, DW ? 0x"),
+        ("TF32 ? nearest(w[from]) : w[from]", "w[from]"), ("R + R - 1 - r", "R + r"), ("turned ? GROUP_K : GROUP", "GROUP"),
         ("GROUP * S * R) * GROUP", "GROUP * S * R)"),
         ("size_t(part) * rows", "part"), ("warp % X * (BN / X)", "0"), ("U=stride)", "U=1)"))),
     *((old, new, "kernels_are_their_operators") for old, new in (
@@ -1552,10 +1560,12 @@ FAST_MUTANTS = [  # as above, of section 12
         ("i / C] = sum_y", "i / C] = sum"), ("sum += over_time;", "sum = over_time;"),
         ("sums[c] + y * sums[C + c]", "sums[c]"), ("2 * y * dsums", "y * dsums"),
         ("(1 - soft * soft)", "soft"), ("m[t] > 0 ? 1 :", "m[t] > 0 ? 0 :"),
-        ("sum += z[size_t(t) * n + i]", "sum = z[i]"), ("goal > 1 ? 1 : goal", "goal"),
+        ("sum += z[size_t(t) * size + j]", "sum = z[j]"), ("square / size", "square"),
+        ("EACH ? each[i] : 0", "0"), ("goal > 1 ? 1 : goal", "goal"),
         ("int c = k ? k - 1 : i", "int c = k ? k - 1 : 0"), ("- 2 * m * dsums", "- m * dsums"),
-        ("mean_norm += k ?", "mean_norm +="), ("var_norm > 0 ?", ""), ("* K * C), d", "), d"),
-        ("loss += d * d", "loss = d * d"), ("w_tar * d * scale", "d * scale"),
+        ("mean_norm += k ?", "mean_norm +="), ("var_norm > 0 ? w_bn", "true ? w_bn"),
+        ("w_bn > 0 ? mean_norm + var_norm : 0", "mean_norm + var_norm"), ("* K * C), d", "), d"),
+        ("loss += d * d", "loss = d * d"), ("w_tar * share * d", "w_tar * d"), ("loss * share", "loss"),
         ("(g[i] * g[i] - v", "(g[i] - v"), ("sqrt(v[i] / correct2)", "sqrt(v[i])"),
         ("v[i] = momentum * v[i] + d", "v[i] = v[i] + d")))]
 
@@ -1677,14 +1687,16 @@ def fast_norm_activation_is_norm_activation(S):
     for i, (args, chunk) in enumerate(norm_cases(S)):
         (z, running), back = S.norm_activation(*args)
         dz = normal(10000 + i, z.shape)
-        grads = back(dz)
+        each = dz[:5] if i % 2 else None
+        grads = back(dz, each)
         (ours, our_running), our_back = S.fast_norm_activation(*args, chunk=chunk)
         if isinstance(args[5], S.Neuron):
             assert (ours == z).all()  # the same spikes
             rates.append((z != 0).mean())
-        assert_all_close([ours, our_running, our_back(dz)], [z, running, grads])
+        assert_all_close([ours, our_running, our_back(dz, each)],
+                         [z, running, grads])
         if i % 4 == 0:
-            only_x = S.fast_norm_activation(*args, need="", chunk=chunk)[1](dz)
+            only_x = S.fast_norm_activation(*args, need="", chunk=chunk)[1](dz, each)
             assert_all_close(only_x, [grads[0], None, None, grads[3]])
     assert 0.1 < np.mean(rates) < 0.7
 
@@ -1697,27 +1709,30 @@ def fast_tap_is_bn_matching_and_tar(S):
     weights = ((1.0, 100.0), (0.7, 0.0), (0.0, 30.0), (0.0, 0.0))
     for (w_bn, w_tar), chunk in itertools.product(weights, CHUNKS):
         tail = S.Tail(kappa=(0.5, 1, 2), tau=0.4)
-        losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, tail, chunk=chunk)
+        losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar / 0.7, 0.7, tail,
+                                  chunk=chunk)
         bn, bn_back = S.bn_matching(a, mean, var)
         tar, tar_back = S.tar(a, gamma, mean, var, pi, tail.kappa, tail.tau)
-        assert_all_close(losses, [bn * (w_bn > 0), tar * (w_tar > 0)])
-        assert_close(back() + 1, bn_back(w_bn) + tar_back(w_tar) + 1)
-        assert w_bn == 0 or assert_close(back(), bn_back(w_bn) + tar_back(w_tar), 1e-10) is None
+        assert_all_close([*losses], [bn * (w_bn > 0), 0.7 * tar * (w_tar > 0)])
+        da = back(np.ones_like(a)) - 1
+        assert_close(da + 1, bn_back(w_bn) + tar_back(w_tar) + 1)
+        assert w_bn == 0 or assert_close(da, bn_back(w_bn) + tar_back(w_tar), 1e-10) is None
 
 @checks()
 def fast_rate_matching_is_rate_matching(S):
-    z, y, dz = normal(0, (15, 2, 3, 4), (5, 2, 3, 4), (15, 2, 3, 4))
+    z, y = normal(0, (15, 2, 3, 4), (5, 2, 3, 4))
     z = 1.3 * (z > 0)
     loss, back = S.rate_matching(z, y, 3, 1.7, 1.3)
     for chunk in CHUNKS:
         ours, ours_back = S.fast_rate_matching(z, y, 3, 1.7, 1.3, chunk)
-        assert_all_close([ours, ours_back(300.0, dz)], [loss, back(300.0, dz)])
+        assert_all_close([ours, ours_back(300.0)], [loss, back(300.0)])
 
 @checks()
 def fast_tap_of_statistics_that_match_has_gradient_zero(S):
     a, mean = np.full((4, 2, 2, 3), 0.5), np.full(3, 0.5)
-    (bn, _), back = S.fast_tap(a, np.ones(3), mean, 0 * mean, (0.1,), 1.0, 0.0, S.Tail((1,)))
-    assert bn == 0 and not back().any()
+    (bn, _), back = S.fast_tap(a, np.ones(3), mean, 0 * mean, (0.1,), 1.0, 0.0, 1.0,
+                               S.Tail((1,)))
+    assert bn == 0 and not back(np.zeros_like(a)).any()
 
 @checks()
 def moments_are_mean_and_variance(S):
@@ -1751,9 +1766,9 @@ def test_fast_paths_do_not_depend_on_the_number_of_threads(monkeypatch):
             (z, running), back = stars.fast_norm_activation(*map(in_float32, args), chunk=1)
             yield from (z, *running, *back(z))
         vectors = [in_float32(v) for v in (w[0, :, 0, 0], w[1, :, 0, 0], 1 + w[2, :, 0, 0] ** 2)]
-        losses, back = stars.fast_tap(in_float32(x), *vectors, (.2, .1, .02), 1., 9., stars.Tail(),
-                                      chunk=2)
-        yield from (*losses, back(), *stars.moments(in_float32(x), 3))
+        losses, back = stars.fast_tap(in_float32(x), *vectors, (.2, .1, .02), 1., 9., .7,
+                                      stars.Tail(), chunk=2)
+        yield from (*losses, back(in_float32(x)), *stars.moments(in_float32(x), 3))
     monkeypatch.setattr(stars, "THREADS", 1)
     alone = list(everything())
     for threads in (2, 3):
@@ -1807,6 +1822,8 @@ template <class T> T tanh(T x) { return __builtin_tanh(x); }
 template <class T> T fabs(T x) { return __builtin_fabs(x); }
 template <class T> T sqrt(T x) { return __builtin_sqrt(x); }
 template <class T> T rsqrt(T x) { return 1 / sqrt(x); }
+struct float2 { float x, y; };
+static float2 make_float2(float x, float y) { return {x, y}; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 static struct { int x; } blockIdx, blockDim, threadIdx;
@@ -1924,10 +1941,11 @@ def emulated_gpu(S):
     S.xp = types.SimpleNamespace(**vars(np) | dict(
         RawKernel=Kernel, cuda=types.SimpleNamespace(Device=lambda: device)))
     S._compiled.cache_clear()  # of kernels for a GPU, if there is one
+    address, S.gpu_address = S.gpu_address, lambda a: a.ctypes.data
     try:
         yield
     finally:
-        S.xp = np
+        S.xp, S.gpu_address = np, address
         S._compiled.cache_clear()
 
 def kernel_cases(S):
@@ -1941,13 +1959,15 @@ def kernel_cases(S):
     for i, (args, _) in enumerate(norm_cases(S)):
         if i % 5 == 0:
             vectors, (activation, T, V, A, first, shortcut, train) = args[:5], args[5:]
-            def norm(f, *arrays, options=(activation, T, V, A, first), train=train):
+            def norm(f, *arrays, options=(activation, T, V, A, first), train=train, odd=i % 2):
                 kept = arrays[5] if len(arrays) > 5 else None
                 with pytest.MonkeyPatch.context() as patch:  # so few that each has several numbers
                     patch.setattr(S, "GPU_THREADS", 9)
                     (z, running), back = f(*arrays[:5], *options, kept, train)
                     others = f(*arrays[:5], *options, kept, train, "")[1]
-                    return both(((z, *running), lambda dz: back(dz) + others(dz)[::3]),
+                    each = lambda dz: dz[:5] if odd else None
+                    return both(((z, *running),
+                                 lambda dz: back(dz, each(dz)) + others(dz, each(dz))[::3]),
                                 lambda value: value[0])
             yield (f"norm {i}", functools.partial(norm, S.norm_activation),
                    functools.partial(norm, S.gpu_norm_activation),
@@ -1961,18 +1981,20 @@ def kernel_cases(S):
         def plain(a, gamma, mean, var, w_bn=w_bn, w_tar=w_tar):
             bn, bn_back = S.bn_matching(a, mean, var)
             exceed, tar_back = S.tar(a, gamma, mean, var, pi)
-            return [bn * (w_bn > 0), exceed * (w_tar > 0), bn_back(w_bn) + tar_back(w_tar)]
+            return [bn * (w_bn > 0), 0.7 * exceed * (w_tar > 0), bn_back(w_bn) + tar_back(w_tar)]
         def ours(a, gamma, mean, var, w_bn=w_bn, w_tar=w_tar):
-            losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, S.Tail())
-            return [*losses, back()]
+            losses, back = S.fast_tap(a, gamma, mean, var, pi, w_bn, w_tar / 0.7, 0.7, S.Tail())
+            return [*losses, back(S.xp.ones_like(a)) - 1]
         yield f"tap {w_bn} {w_tar}", plain, ours, (a, gamma, mean, var)
     yield "tap at rest", functools.partial(plain, w_bn=1), functools.partial(ours, w_bn=1), still
-    def matching(f, z, y, dz):
-        loss, back = f(1.3 * (z > 0), y, 3, 1.7, 1.3)
-        return [S.xp.asarray(loss), back(300.0, dz)]
+    def matching(f, z, y):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(S, "GPU_THREADS", 9)
+            loss, back = f(1.3 * (z > 0), y, 3, 1.7, 1.3)
+            return [S.xp.asarray(loss), back(300.0)]
     yield ("rate", *(functools.partial(matching, f) for f in (S.rate_matching,
                                                               S.fast_rate_matching)),
-           normal(0, (15, 2, 3, 4), (5, 2, 3, 4), (15, 2, 3, 4)))
+           normal(0, (15, 2, 3, 4), (5, 2, 3, 4)))
     def updates(optimiser, settings, p, g, fast):
         params, state = {"p": p.copy()}, {}
         with contextlib.ExitStack() as undo:
@@ -1991,7 +2013,8 @@ def window_cases(S):
         return (a.astype("f4").view("u4") + 0x1000 & 0xffffe000).view("f4").astype(float)
     for i, ((N, H, W, C, K, R, Q, stride, blocks), tf32) in enumerate(itertools.product((
             (5, 8, 8, 3, 2, 3, 3, 1, 9), (3, 7, 9, 32, 8, 3, 3, 2, 6), (2, 9, 8, 4, 72, 1, 5, 1, 9),
-            (3, 6, 6, 6, 20, 1, 1, 2, 1), (3, 7, 8, 2, 3, 5, 5, 2, 2)), (False, True))):
+            (3, 6, 6, 6, 20, 1, 1, 2, 1), (3, 7, 8, 2, 3, 5, 5, 2, 2),
+            (2, 5, 4, 64, 72, 1, 1, 1, 3), (2, 5, 4, 64, 40, 1, 1, 1, 2)), (False, True))):
         def plain(x, w, dy, stride=stride, seen=rounded if tf32 else np.array):
             y, back = S.conv2d(seen(x), seen(w), stride)
             return [y, *back(seen(dy))]
@@ -2189,7 +2212,7 @@ def test_gpu_operators_agree(gpu, dtype, tol):
         pairs = zip(*(on(device, lambda a: outputs(f, a), args) for device in ("cpu", "gpu")))
         for a, b in pairs:
             assert a.dtype == b.dtype == dtype, name
-            assert abs(a - b).max() <= tol * max(abs(a).max(), 1e-3), name
+            assert abs(a - b).max() <= tol * max(abs(a).max(), 0.05), name
 
 def test_gpu_kernels_agree(gpu):
     for name, plain, ours, arrays in itertools.chain(kernel_cases(stars), window_cases(stars)):
@@ -2923,6 +2946,7 @@ def test_a_run_keeps_the_arrays_of_the_gpu_apart(folder, monkeypatch, capsys, mo
     monkeypatch.setitem(sys.modules, "cupy", CuPy())
     monkeypatch.setattr(stars, "xp", np)  # which it will be again
     monkeypatch.setattr(stars, "_compiled", functools.lru_cache(stars._compiled.__wrapped__))
+    monkeypatch.setattr(stars, "gpu_address", lambda a: a.a.ctypes.data)
     rows = []
     for device in ("gpu", "cpu"):
         assert distil(capsys, *more.split(), "--device", device, "--out", device)[0] == 0
@@ -3452,6 +3476,7 @@ def peer_lif(current, T, first, v_th, amplitude, neuron):  # Eq. (1)
 
 @functools.lru_cache
 def spikingjelly_node(lam, v_th):
+    np.int = int  # which NumPy had when its kernels were written
     from spikingjelly.activation_based import neuron, surrogate
     return neuron.LIFNode(1 / (1 - lam), False, v_th, 0.0, surrogate.Sigmoid(4.0 / v_th),
                           detach_reset=True, step_mode="m", backend="cupy")
@@ -3926,10 +3951,10 @@ def last_row(command):
     return json.loads(run.stdout.splitlines()[-1])
 
 def bench(argv):
-    """Rounds of stars.py and the peer in both memory formats, alternately, and their ratios."""
+    """Rounds of stars.py and the peer's variants (--peers, by commas), alternately; their ratios."""
     cli = argparse.ArgumentParser(prog="test_stars.py bench", allow_abbrev=False)
     for name, value in dict(arch="resnet20", student_arch="", T=4, batch=128, threads=0, rounds=3,
-                            device="cpu", format="", python=sys.executable).items():
+                            device="cpu", peers="", format="", python=sys.executable).items():
         cli.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     cli.add_argument("--tf32", action="store_true")
     a = cli.parse_args(argv)
@@ -3946,6 +3971,7 @@ def bench(argv):
         raise SystemExit(subprocess.run(ours).returncode)
     kinds = ["contiguous", "channels_last"] + ["spikingjelly"] * (
         a.device == "gpu" and importlib.util.find_spec("spikingjelly") is not None)
+    kinds = a.peers.split(",") if a.peers else kinds
     theirs = {f: [sys.executable, __file__, "bench", *flags, "--format", f] for f in kinds}
     rows = {name: [] for name in ("stars.py", *theirs)}
     for i in range(a.rounds):
@@ -3956,7 +3982,7 @@ def bench(argv):
                   flush=True)
     medians = {name: {k: float(np.median([row[k] for row in rows[name]])) for k in BENCHED}
                for name in rows}
-    limits = last_row([*theirs["contiguous"][:-1], "limits"])
+    limits = last_row([*theirs[kinds[0]][:-1], "limits"])
     print("a second: {flops:.3g} operations of matrix products, {bytes:.3g} bytes of copies, read "
           "and written;\nbelow, the seconds that those of a step need at least".format(**limits))
     best = min(theirs, key=lambda f: sum(medians[f][k] for k in BENCHED[:2]))
