@@ -2093,30 +2093,33 @@ KERNELS = {  # name: (arguments, body)
             copied();
             __syncthreads();
             if (k0 + 16 < end) load(k0 + 16, A[at ^ 1], B[at ^ 1]);
-            #pragma unroll
-            for (int step = 0; step < 16; step += 8) {
-                float a[2][M][4], b[2][J][2];  // TF32, and of float32 what it leaves: if one is
-                for (int m = 0; m < M; m++)    // rounded, what both leave is of either sign
+            float a[2][2][M][4], b[2][2][J][2];  // TF32, and of float32 what it leaves: if one is
+            for (int step = 0; step < 2; step++) {  // rounded, what both leave is of either sign
+                for (int m = 0; m < M; m++)
                     for (int v = 0; v < 4; v++) {
-                        int i = wi + m * 16 + v % 2 * 8, k = step + member + v / 2 * 4;
+                        int i = wi + m * 16 + v % 2 * 8, k = step * 8 + member + v / 2 * 4;
                         float x = A[at][DW ? k * LINE + i : i * LINE + (k ^ group / 2 * 4)];
-                        a[0][m][v] = TF32 ? nearest(x) : cut(x, DW ? 0x1000 : 0);
-                        a[1][m][v] = cut(x - a[0][m][v], 0);
+                        a[step][0][m][v] = TF32 ? nearest(x) : cut(x, DW ? 0x1000 : 0);
+                        a[step][1][m][v] = cut(x - a[step][0][m][v], 0);
                     }
                 for (int j = 0; j < J; j++)
                     for (int v = 0; v < 2; v++) {
-                        float x = B[at][(step + member + v * 4) * LINE_B + wj + j * 8 + group];
-                        b[0][j][v] = !TF32 ? cut(x, DW ? 0 : 0x1000) : DW ? nearest(x) : x;
-                        b[1][j][v] = cut(x - b[0][j][v], 0);
-                    }
-                for (int m = 0; m < M; m++)
-                    for (int j = 0; j < J; j++) {
-                        float d[4] = {};  // tensor cores cut sums, so they add few numbers
-                        if (!TF32) mma(d, a[1][m], b[0][j]), mma(d, a[0][m], b[1][j]);
-                        mma(TF32 ? sum[m][j] : d, a[0][m], b[0][j]);
-                        for (int v = 0; v < 4 && !TF32; v++) sum[m][j][v] += d[v];
+                        int k = step * 8 + member + v * 4;
+                        float x = B[at][k * LINE_B + wj + j * 8 + group];
+                        b[step][0][j][v] = !TF32 ? cut(x, DW ? 0 : 0x1000) : DW ? nearest(x) : x;
+                        b[step][1][j][v] = cut(x - b[step][0][j][v], 0);
                     }
             }
+            for (int m = 0; m < M; m++)
+                for (int j = 0; j < J; j++) {
+                    float part[4] = {}, *d = TF32 ? sum[m][j] : part;
+                    for (int step = 0; step < 2; step++) {
+                        if (!TF32) mma(d, a[step][1][m], b[step][0][j]);
+                        if (!TF32) mma(d, a[step][0][m], b[step][1][j]);
+                        mma(d, a[step][0][m], b[step][0][j]);
+                    }  // tensor cores cut sums, so they add few numbers
+                    for (int v = 0; v < 4 && !TF32; v++) sum[m][j][v] += d[v];
+                }
         }
         for (int m = 0; m < M; m++)
             for (int j = 0; j < J; j++)
@@ -2288,7 +2291,7 @@ def _tiles(C, K, DW):
     if _tf32():
         return (128, 4, 2, 128) if K > 64 else (64, 4 if DW else 2, 1, 128)
     if DW:
-        return 64, 4 if K > 64 else 2, 1, 128
+        return (128, 2, 2, 128) if K > 64 else (64, 2, 1, 128)
     return (128, 4, 4, 256) if K > 64 else (64, 4, 2, 256)
 
 def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
