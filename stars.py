@@ -2094,7 +2094,8 @@ KERNELS = {  # name: (arguments, body)
             __syncthreads();
             if (k0 + 16 < end) load(k0 + 16, A[at ^ 1], B[at ^ 1]);
             float a[2][2][M][4], b[2][2][J][2];  // TF32, and of float32 what it leaves: if one is
-            for (int step = 0; step < 2; step++) {  // rounded, what both leave is of either sign
+            #pragma unroll                       // rounded, what both leave is of either sign
+            for (int step = 0; step < 2; step++) {
                 for (int m = 0; m < M; m++)
                     for (int v = 0; v < 4; v++) {
                         int i = wi + m * 16 + v % 2 * 8, k = step * 8 + member + v / 2 * 4;
@@ -2109,16 +2110,16 @@ KERNELS = {  # name: (arguments, body)
                         b[step][0][j][v] = !TF32 ? cut(x, DW ? 0 : 0x1000) : DW ? nearest(x) : x;
                         b[step][1][j][v] = cut(x - b[step][0][j][v], 0);
                     }
+                for (int m = 0; m < M && TF32; m++)  // none waits for the one before it
+                    for (int j = 0; j < J; j++) mma(sum[m][j], a[step][0][m], b[step][0][j]);
             }
-            for (int m = 0; m < M; m++)
+            for (int m = 0; m < M && !TF32; m++)
                 for (int j = 0; j < J; j++) {
-                    float part[4] = {}, *d = TF32 ? sum[m][j] : part;
-                    for (int step = 0; step < 2; step++) {
-                        if (!TF32) mma(d, a[step][1][m], b[step][0][j]);
-                        if (!TF32) mma(d, a[step][0][m], b[step][1][j]);
+                    float d[4] = {};  // tensor cores cut sums, so they add few numbers
+                    for (int step = 0; step < 2; step++)
+                        mma(d, a[step][1][m], b[step][0][j]), mma(d, a[step][0][m], b[step][1][j]),
                         mma(d, a[step][0][m], b[step][0][j]);
-                    }  // tensor cores cut sums, so they add few numbers
-                    for (int v = 0; v < 4 && !TF32; v++) sum[m][j][v] += d[v];
+                    for (int v = 0; v < 4; v++) sum[m][j][v] += d[v];
                 }
         }
         for (int m = 0; m < M; m++)
@@ -2135,7 +2136,8 @@ KERNELS = {  # name: (arguments, body)
     "taps": ("in w, out y", """
         bool turned = i >= SIZE;
         int L = turned ? C : K, G = turned ? GROUP_K : GROUP, j = turned ? i - SIZE : i;
-        int l = j % L, q = j / L, s = q / G % S, r = q / (G * S) % R, c = q / (G * S * R) * G + q % G;
+        int l = j % L, q = j / L, c = q / (G * S * R) * G + q % G, r = q / (G * S) % R;
+        int s = q / G % S;
         int from = turned ? ((c * C + l) * R + R - 1 - r) * S + S - 1 - s
                           : ((l * C + c) * R + r) * S + s;
         y[i] = TF32 ? nearest(w[from]) : w[from];"""),
