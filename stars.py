@@ -22,7 +22,8 @@ PyTorch state_dict. T time steps are folded into the batch: (T, N, ...) -> (T*N,
 `value, back = operator(...)`: back takes the gradient of the value and returns the gradients of the
 arguments, in their order (of a network: x, then {name: gradient}); it changes nothing and is called
 once. `need` says which are wanted, "x" for the input and "p" for the parameters; the others are
-None and cost nothing. A tap sees the input of a batch norm and may return () -> a gradient to add.
+None and cost nothing. A tap sees the input a of a batch norm and may return da -> da with its own
+gradient added, in place if it likes.
 Parameters and images have one dtype. NumPy checks most shapes; ValueError names an argument.
 """
 import collections, dataclasses, functools, os, re, sys
@@ -86,7 +87,7 @@ def expect(name, x, *shape):
 def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
-    back: dy -> dx, dw. Keeps w, and x with its padding where dw is wanted."""
+    back: dy -> dx, dw. Keeps w, on a GPU copies of it, and x with its padding where dw is wanted."""
     expect("x", x, None, None, None, None)
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
@@ -2122,8 +2123,11 @@ KERNELS = {  # name: (arguments, body)
                     for (int v = 0; v < 4; v++) sum[m][j][v] += d[v];
                 }
         }
+        #pragma unroll
         for (int m = 0; m < M; m++)
+            #pragma unroll
             for (int j = 0; j < J; j++)
+                #pragma unroll
                 for (int v = 0; v < 4; v += K % 2 ? 1 : 2) {
                     int row = i0 + wi + m * 16 + v / 2 * 8;
                     int column = j0 + wj + j * 8 + member * 2 + v % 2;
@@ -2225,7 +2229,7 @@ KERNELS = {  # name: (arguments, body)
             d = real(.5) + sums[k * C + i] * per / 2 - pi_k;
             dsums[k * C + i] = w_tar * share * d * scale * per;
         }
-        losses[0] = w_bn > 0 ? mean_norm + var_norm : 0;  // the same from all threads
+        losses[0] = w_bn != 0 ? mean_norm + var_norm : 0;  // the same from all threads
         losses[1] = loss * share;"""),
     # adds the adjoint of sums of y, y^2 and tanh(sign y / WIDTH - LEVEL), ..
     "tap_back": ("in x, in gamma, in mean, in var, in dsums, out dx", NORM + """
@@ -2236,16 +2240,16 @@ KERNELS = {  # name: (arguments, body)
         }
         dx[i] += sum * inv;"""),
     # all parameters at once: a row has the addresses of g, of what is updated, and the size
-    "sgd": (ROWS + "real lr, real momentum, real weight_decay, real nesterov", EACH_ROW % ("""
+    "sgd": (ROWS + "real lr, real momentum, real weight_decay, real nesterov", EACH_ROW % """
             real *v = row[1], *p = row[2], d = g[i] + weight_decay * p[i];
             v[i] = momentum * v[i] + d;
-            p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);""")),
+            p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);"""),
     "adam": (ROWS + "real lr, real eps, real rate, real rate2, real correct, real correct2",
-             EACH_ROW % ("""
+             EACH_ROW % """
             real *m = row[1], *v = row[2], *p = row[3];
             m[i] += rate * (g[i] - m[i]);
             v[i] += rate2 * (g[i] * g[i] - v[i]);
-            p[i] -= lr * (m[i] / correct) / (sqrt(v[i] / correct2) + eps);"""))}
+            p[i] -= lr * (m[i] / correct) / (sqrt(v[i] / correct2) + eps);""")}
 CUDA_SURROGATES = dict(sigmoid="1 - tanh(2 * x) * tanh(2 * x)",
                        triangle="x * x < 1 ? 1 - fabs(x) : 0",
                        atan=f"1 / (1 + real({np.pi ** 2}) * x * x)")
@@ -2356,7 +2360,7 @@ def gpu_tap(a, gamma, mean, var, pi, w_bn, w_tar, share, width, levels):
 
 def gpu_update(kernel, params, grads, state, moments, *numbers):
     """Whether a kernel has updated params and their state[moment + name], of each of moments."""
-    if xp is np or not all(map(fast, grads.values())):
+    if xp is np or not grads or not all(map(fast, grads.values())):
         return False
     table, kept = [], []
     for name, g in grads.items():
