@@ -2267,10 +2267,14 @@ def launch(name, n, *arguments, dtype=None, **constants):
     """Run n threads of a kernel on arrays of one dtype, inputs taken as contiguous, and numbers."""
     dtype = dtype or arguments[0].dtype
     kernel = _compiled(name, dtype, (*constants.items(),))
-    threads = constants.get("THREADS", 256)
-    kernel((-(-n // threads),), (threads,), (np.int32(n), *(
-        np.int32(v) if isinstance(v, int) else dtype.type(v) if isinstance(v, float) else
-        v if v.flags.c_contiguous else xp.ascontiguousarray(v) for v in arguments)))
+    threads, values = constants.get("THREADS", 256), [np.int32(n)]
+    for v in arguments:  # hundreds of times a step
+        if isinstance(v, (int, float)):
+            v = np.int32(v) if isinstance(v, int) else dtype.type(v)
+        elif not v.flags.c_contiguous:
+            v = xp.ascontiguousarray(v)
+        values.append(v)
+    kernel((-(-n // threads),), (threads,), tuple(values))
 
 GPU_BLOCKS, GPU_THREADS = 1 << 10, 1 << 17  # to fill a GPU, where sums are made in parts
 
