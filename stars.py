@@ -87,7 +87,7 @@ def expect(name, x, *shape):
 def conv2d(x, w, stride=1, need="xp"):
     """Same convolution, stride d.   y_n,i,j,k = sum_c,r,s x_n,i*d+r-R//2,j*d+s-S//2,c w_k,c,r,s
     x (N, H, W, C), w (K, C, R, S), R and S odd, stride 1 or 2 -> y (N, ceil(H/stride), .., K).
-    back: dy -> dx, dw. Keeps w, on a GPU copies of it, and x with its padding where dw is wanted."""
+    back: dy -> dx, dw. Keeps w, on a GPU copies; x, padded, where dw is wanted."""
     expect("x", x, None, None, None, None)
     expect("w", w, None, x.shape[3], None, None)
     require(w.shape[2] % 2 and w.shape[3] % 2, f"w must have odd height and width, has {w.shape}")
@@ -1916,10 +1916,11 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
     parallel(forward, v.shape[1], chunk)
     def back(dz, each=None):
         dz, dv = dz.reshape(z.shape), np.empty_like(z)
-        each = 0 if each is None else each.reshape(z[0].shape)
+        each = None if each is None else each.reshape(z[0].shape)
         da = dv[:len(v)] if kept is None else np.empty_like(v)
         def part(i, j):
-            activation_back(i, j, dz[:, i:j] + each[i:j] if np.ndim(each) else dz[:, i:j], dv)
+            more = dz[:, i:j] if each is None else dz[:, i:j] + each[i:j]
+            activation_back(i, j, more, dv)
             steps = zip(dv[:, i:j], v[:, i:j]) if train or "p" in need else ()
             sums = sum(([_sum(d, C), _sum(d * x, C)] for d, x in steps), np.zeros((2, C)))
             np.multiply(dv[:len(v), i:j], scale, out=da[:, i:j])
@@ -2043,7 +2044,7 @@ STEPS = """
         if (SHORTCUT) drive += shortcut[t * size + i];
         u = lam * u + drive;"""
 
-ROWS = "real* const* __restrict__ table, int rows, "
+TABLE = "real* const* __restrict__ table, int rows, "
 EACH_ROW = """
     for (auto row = table, end = table + rows * WIDTH; row < end; row += WIDTH)
         for (size_t first = i, size = size_t(row[WIDTH - 1]); first < size; first += n) {
@@ -2240,11 +2241,11 @@ KERNELS = {  # name: (arguments, body)
         }
         dx[i] += sum * inv;"""),
     # all parameters at once: a row has the addresses of g, of what is updated, and the size
-    "sgd": (ROWS + "real lr, real momentum, real weight_decay, real nesterov", EACH_ROW % """
+    "sgd": (TABLE + "real lr, real momentum, real weight_decay, real nesterov", EACH_ROW % """
             real *v = row[1], *p = row[2], d = g[i] + weight_decay * p[i];
             v[i] = momentum * v[i] + d;
             p[i] -= lr * (nesterov > 0 ? d + momentum * v[i] : v[i]);"""),
-    "adam": (ROWS + "real lr, real eps, real rate, real rate2, real correct, real correct2",
+    "adam": (TABLE + "real lr, real eps, real rate, real rate2, real correct, real correct2",
              EACH_ROW % """
             real *m = row[1], *v = row[2], *p = row[3];
             m[i] += rate * (g[i] - m[i]);
@@ -2279,6 +2280,7 @@ def launch(name, n, *arguments, dtype=None, **constants):
 GPU_BLOCKS, GPU_THREADS = 1 << 10, 1 << 17  # to fill a GPU, where sums are made in parts
 
 def gpu_address(v):
+    """Where an array lies on the GPU."""
     return v.data.ptr
 
 def tensor_cores():
@@ -2290,6 +2292,7 @@ def _group(C):
     return 16 if C % 16 == 0 else C
 
 def _tf32():
+    """1 if use_device was told tf32, else 0."""
     return int(os.environ.get("CUPY_TF32") == "1")
 
 def _tiles(C, K, DW):

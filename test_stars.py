@@ -1543,8 +1543,7 @@ FAST_MUTANTS = [  # as above, of section 12
         ("p < pixels && q", "q"), ("k < end && j", "j"), ("k0 += 16, at", "k0 += 8, at"),
         ("copied();\n", "\n"), ("__syncthreads();\n", "\n"),
         ("copied();\n            __syncthreads();", "__syncthreads();\n            copied();"),
-        ("cut(x - a[step][0][m][v], 0)", "0"),
-        ("cut(x - b[step][0][j][v], 0)", "0"),
+        ("cut(x - a[step][0][m][v], 0)", "0"), ("cut(x - b[step][0][j][v], 0)", "0"),
         ("float x = A[at][", "float x = A[0]["), ("(at ^ swap)", "at"),
         ("TF32 ? nearest(x) : cut(x, DW ? 0x", "TF32 ? cut(x, 0) : cut(x, DW ? 0x"),
         ("TF32 ? nearest(w[from]) : w[from]", "w[from]"), ("R + R - 1 - r", "R + r"),
@@ -2208,14 +2207,14 @@ def on(device, f, tree, *more):
     stars.use_device("cpu")
     return result
 
-@pytest.mark.parametrize("dtype, tol", (("float64", 1e-9), ("float32", 1e-4)))
-def test_gpu_operators_agree(gpu, dtype, tol):
+@pytest.mark.parametrize("dtype, tol, least", (("float64", 1e-9, 1e-3), ("float32", 1e-4, 0.05)))
+def test_gpu_operators_agree(gpu, dtype, tol, least):
     for name, f, args in operator_cases(stars):
         args = [np.asarray(a, dtype) for a in args]
         pairs = zip(*(on(device, lambda a: outputs(f, a), args) for device in ("cpu", "gpu")))
         for a, b in pairs:
             assert a.dtype == b.dtype == dtype, name
-            assert abs(a - b).max() <= tol * max(abs(a).max(), 0.05), name
+            assert abs(a - b).max() <= tol * max(abs(a).max(), least), name
 
 def test_gpu_kernels_agree(gpu):
     for name, plain, ours, arrays in itertools.chain(kernel_cases(stars), window_cases(stars)):
