@@ -790,9 +790,9 @@ DATASETS = {  # numbers of classes, rows, images; mean and std of training pixel
 
 def find_dataset(name, split, data_dir):
     """Path of a data set's "train" or "test" split; None if absent. UserError: unknown name."""
-    if name == "shapes" or name.endswith(".npz") and os.path.isfile(name):
+    if name in ("shapes", "none") or name.endswith(".npz") and os.path.isfile(name):
         return name
-    demand(name in DATASETS, f"no data set '{name}': use {', '.join(DATASETS)} or a FILE.npz")
+    demand(name in DATASETS, f"no data set '{name}': use {', '.join(DATASETS)}, FILE.npz or none")
     known = DATASETS[name]
     folder, archive = (f"{data_dir}/{last}" for last in (known.folder, os.path.basename(known.url)))
     there = all(os.path.exists(f"{folder}/{part}") for part in getattr(known, split + "_files"))
@@ -805,6 +805,7 @@ def load_dataset(name, split, data_dir, classes=None):
     source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
     if name == "shapes":
         return draw_shapes(getattr(known, split), seed=split == "test")
+    demand(name != "none", "no data set was named")
     demand(source, f"{name} is not in {data_dir}: --download it or put {known and known.url} there")
     with reading(source, "delete it and add --download" if known else
                  f"it should hold uint8 images x_{split} (N,32,32,3) and labels y_{split} (N,)"):
@@ -1089,7 +1090,7 @@ HERE = {*"data_dir download device out json quiet threads resume".split()}  # th
 class Config:
     """Every setting of a run. The flags are made from it, and each run writes it down."""
     file: str = flag("", "a saved network, .npz or .safetensors", "e")
-    dataset: str = flag("cifar10", f"{', '.join(DATASETS)}, or FILE.npz")
+    dataset: str = flag("cifar10", f"{', '.join(DATASETS)}, FILE.npz or, to distil, none")
     data_dir: str = flag("data", "folder of the data sets")
     download: bool = flag(False, "fetch the data set where it is missing")
     device: str = flag("auto", "auto: the GPU if one works", choices=("auto", "cpu", "gpu"))
@@ -1105,6 +1106,7 @@ class Config:
     width: int = flag(0, "channels of its first stage; default the teacher's, or the usual", "dt")
     mean: str = flag("", "of the images, as .49,.48,.45, where the file has none", "de")
     std: str = flag("", "likewise", "de")
+    size: str = flag("", "their height and width, where no file says", "d", ("", "32", "64"))
     T: int = flag(0, "time steps of the SNN; default 4, or as in the file", "deb", most=1000)
     batch: int = flag(0, "images a step; default by command and schedule")
     distill_batch: int = flag(0, "of the student; default by schedule, or as --batch", "d")
@@ -1451,17 +1453,17 @@ def load_net(c, path):
     (params, info), known, constants = load_weights(path, c.arch), DATASETS.get(c.dataset), []
     with reading(path, "check --dataset, --arch, and --mean and --std, as .49,.48,.45"):
         for key, here in zip(("dataset", "classes", "size"), known and (c.dataset, *known) or ()):
-            require(info.get(key, here) == here, f"{key} {info.get(key)}, not {here}")
+            require(info.get(key, here) in (here, "none"), f"{key} {info.get(key)}, not {here}")
         width = len(params.get("conv1.weight", params.get("features.0.weight", ())))
         expected = weight_shapes(info["arch"], info["classes"], width, "shortcut" in str([*params]))
         expected |= {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
         params = on_device(check_weights(params, expected, path))
         for part, least in ("mean", -9), ("std", 1e-6):
             flag = [float(v) for v in getattr(c, part).split(",") if v]
-            r, g, b = map(float, info.get(part) or flag or getattr(known, part, ()))
-            fit = flag in ([], [r, g, b]) and all(least < v < 9 for v in (r, g, b))
-            require(fit, f"its {part} is {r},{g},{b}")
-            constants.append((r, g, b))
+            value = [*map(float, info.get(part) or flag or getattr(known, part, ()))]
+            fit = flag in ([], value) and len(value) == 3 and all(least < v < 9 for v in value)
+            require(fit, f"its {part} is {','.join(map(str, value)) or 'not known'}")
+            constants.append(tuple(value))
         T, neuron = info.get("T", 1), Neuron(**info.get("neuron", {}))
         require(T in range(1, 1001) and np.isfinite(neuron.lam + neuron.v_init), f"{neuron}, T {T}")
         numbers = [v for v in params.values() if type(v) is float]  # V and A
@@ -1482,7 +1484,7 @@ def shipped(c):
     paths = sorted(pathlib.Path(__file__).resolve().with_name("data").glob("*-teacher.npz"))
     fits = [str(path) for path in paths if path.name.startswith(f"{c.dataset}-{c.arch}")]
     demand(fits, f"{c.dataset} {c.arch} is not shipped, but {', '.join(p.stem for p in paths)}: "
-                 f"give --teacher FILE, or first python stars.py teacher --dataset {c.dataset}")
+                 "give --teacher FILE, or train one by python stars.py teacher")
     return fits[0]
 
 def data_of(c, split, classes=None):
@@ -1547,7 +1549,9 @@ def run_distil(c):
         projection = None if c.student_arch else "shortcut" in str([*own])
         shapes = weight_shapes(arch, classes, c.width, projection)
     c = settle(dataclasses.replace(c, init=c.init or ("teacher" if shapes == own else "random")))
-    size = known.size if known else 64 if info.get("size") == 64 else 32
+    size = known.size if known else info.get("size") or int(c.size or 32)
+    demand(size in (32, 64) and c.size in ("", str(size)),
+           f"--size must be 32 or 64, and is {size} where the teacher's file or --dataset says so")
     real = data_of(c, "train", classes)[0] if c.method == "real" else ()
     demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
     device = "cpu" if xp is np else "gpu"

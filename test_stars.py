@@ -1013,7 +1013,8 @@ def layers_are_matched_by_name_or_else_by_resolution(S):
     for student, same, mapped in (
             (teacher, dict(zip("abcde", "abcde")), {}), (maps(a=(8, 3), x=(8, 3)), dict(a="a"), {}),
             (maps(u=(8, 3), v=(8, 4), w=(4, 5)), {}, dict(v="b", w="d")),
-            (maps(a=(8, 4), b=(8, 4)), {}, dict(b="b")), (maps(a=(4, 3), x=(4, 6)), {}, dict(x="d")),
+            (maps(a=(8, 4), b=(8, 4)), {}, dict(b="b")),
+            (maps(a=(4, 3), x=(4, 6)), {}, dict(x="d")),
             (maps(a=(8, 3), c=(4, 5), d=(2, 9), x=(1, 9)), dict(a="a"), dict(c="d", d="e"))):
         assert S.matched_layers(student, teacher) == (same, mapped)
 
@@ -2362,7 +2363,7 @@ def test_an_absent_data_set_says_where_to_put_it(small, tmp_path):
     assert (stars.load_dataset("cifar100", "test", str(tmp_path))[1] == truth["test"][1]).all()
 
 def test_the_known_data_sets_are_listed():
-    refused("no data set 'mnist': use cifar10, cifar100, tiny-imagenet, shapes or a FILE.npz",
+    refused("no data set 'mnist': use cifar10, cifar100, tiny-imagenet, shapes, FILE.npz or none",
             stars.find_dataset, "mnist", "test", ".")
 
 def test_a_damaged_folder_of_cifar_is_refused(small, tmp_path):
@@ -3231,6 +3232,18 @@ def test_a_teacher_is_trained_from_a_file_and_goes_on_where_it_stopped(folder, c
     code, out, _ = run(capsys, "teacher", "--resume", "b", "--quiet", "--json")
     assert digest(folder / last_json(out)["teacher"]) == digest(folder / path)
 
+def test_a_student_needs_no_data_set(folder, capsys, monkeypatch):
+    code, out, err = run(capsys, "--dataset", "none", "--teacher", "teacher.npz", "--size", "64",
+                         *GIVEN, *TINY[:-1], "--json")
+    row = last_json(out)
+    assert code == 0 and row["accuracy"] is None and 0 <= row["agreement"] <= 1
+    assert "no accuracy can be measured: no data set was named" in err
+    assert os.path.getsize("runs/none-stars-s0/pool.bin") == 3 * 2 * 8 * 64 * 64 * 3
+    np.savez("set.npz", x_test=np.zeros((4, 32, 32, 3), np.uint8), y_test=np.arange(4))
+    assert run(capsys, "eval", row["student"], "--dataset", "set.npz")[0] == 0
+    put_cifar10(folder, monkeypatch)
+    assert run(capsys, "eval", row["student"])[0] == 0
+
 def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     put_cifar10(folder, monkeypatch)
     params, _ = stars.load_weights("teacher.npz")
@@ -3240,6 +3253,7 @@ def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     ours, theirs = (run(capsys, "eval", name, *flags) for name in ("teacher.npz", "public.npz"))
     assert ours[0] == theirs[0] == 0 and last_json(ours[1]) == last_json(theirs[1])
 
+GIVEN = ["--mean", ".5,.5,.5", "--std", ".2,.2,.2"]
 FAILURES = [  # arguments, what the sentence says
     (["--teacher", "none.npz"], "none.npz"),
     (["--teacher", "teacher.npz", "--arch", "vgg11"], "resnet8"),
@@ -3261,6 +3275,11 @@ FAILURES = [  # arguments, what the sentence says
     (["eval", "negative.npz"], "a v_th or amplitude is not positive"),
     (["--teacher", "thresholds.npz"], "an ANN has no v_th"),
     (["--teacher", "large.npz"], "size 64, not 32"),
+    (["--teacher", "large.npz", "--dataset", "none", "--size", "32", *GIVEN], "is 64 where"),
+    (["--teacher", "teacher.npz", "--size", "64"], "is 32 where the teacher's file or --dataset"),
+    (["--teacher", "teacher.npz", "--dataset", "none"], "its mean is not known"),
+    (["teacher", "--dataset", "none"], "no data set was named"),
+    (["--dataset", "none"], "is not shipped, but"),
     (["--device", "gpu"], "no usable GPU"),
     (["eval", "teacher.npz"], "cifar10 is not in data"),
     (["teacher", "--dataset", "cifar10"], "cifar10 is not in data")]
@@ -3286,7 +3305,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
 @pytest.mark.parametrize("argv, sentence", [
     ("--T 0", "--T must be 1 to 1000, not 0"), ("--T -1", "--T must be"), ("--T 1.5", "--T"),
     ("--lr inf", "--lr must be"), ("--v-init inf", "--v-init must be"), ("--T 1001", "--T must be"),
-    ("--z-dim " + 20 * "9", "--z-dim must be"), ("--generator-width 1", "--generator-width must be"),
+    ("--z-dim " + 20 * "9", "--z-dim must be"), ("--generator-width 1", "--generator-width must"),
     ("--batch -3", "--batch must be"), ("--lr nan", "--lr must be"), ("--lr 0", "--lr must be"),
     ("--seeds 0", "--seeds must be"), ("--tau-kd 0", "--tau-kd must be"), ("--w-bn -1", "--w-bn"),
     ("--quantile 2", "--quantile must be 0 to 1"), ("--lam 1.1", "--lam must be 0 to 1"),
@@ -3431,8 +3450,8 @@ def test_what_is_shipped_is_what_its_sums_say():
         assert "teacher" not in path.name or 0 < info["accuracy"] < 1
 
 # ---- PyTorch peer --------------------------------------------------------------------------------
-# The networks, Eq. (1)-(10), (12) and both steps again, from the equations, with autograd. Images are
-# NCHW in [0, 1]; a net is a stars.Net of tensors; dtype and memory format follow the weights.
+# The networks, Eq. (1)-(10), (12) and both steps again, from the equations, with autograd. Images
+# are NCHW in [0, 1]; a net is a stars.Net of tensors; dtype and memory format follow the weights.
 
 try:
     import torch
@@ -3971,7 +3990,7 @@ def last_row(command):
     return json.loads(run.stdout.splitlines()[-1])
 
 def bench(argv):
-    """Rounds of stars.py and of the peer's variants (--peers A,B), alternately, and their ratios."""
+    """Rounds of stars.py and of the peer's variants (--peers A,B), in turn, and their ratios."""
     cli = argparse.ArgumentParser(prog="test_stars.py bench", allow_abbrev=False)
     for name, value in dict(arch="resnet20", student_arch="", T=4, batch=128, threads=0, rounds=3,
                             device="cpu", peers="", format="", python=sys.executable).items():
@@ -4182,8 +4201,7 @@ def test_the_ablation_runs_each_cell_once(folder, capfd):
     x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
     np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     argv = ["--dataset", "mine.npz", "--runs", "cells", "--methods", "bn,real", "--jobs", "2",
-            "--curve", "7", "--save", "result", "--teacher", "teacher.npz", "--mean", ".5,.5,.5",
-            "--std", ".2,.2,.2", *TINY]
+            "--curve", "7", "--save", "result", "--teacher", "teacher.npz", *GIVEN, *TINY]
     ablation(argv)
     done = sorted(Path("cells").glob("*/student.npz"))
     assert [path.parent.name for path in done] == ["bn-s1", "bn-s2", "real-s1", "real-s2"]
