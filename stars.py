@@ -798,23 +798,25 @@ def find_dataset(name, split, data_dir):
     there = all(os.path.exists(f"{folder}/{part}") for part in getattr(known, split + "_files"))
     return folder if there else archive if os.path.isfile(archive) else None
 
-def load_dataset(name, split, data_dir, classes=None):
+def load_dataset(name, split, data_dir, classes=None, size=None):
     """Split "train" or "test" of a data set in DATASETS, or of an .npz with arrays x_<split> and
-    y_<split>, up to 2 GiB: images x (N,32,32,3) or (N,64,64,3) uint8, labels y (N,) int64, below
-    classes if given. UserError: absent, damaged, of another form."""
+    y_<split>, up to 2 GiB: images x (N,32,32,3) or (N,64,64,3) uint8, of that size if given, labels
+    y (N,) int64, below classes if given. UserError: absent, damaged, of another form."""
     source, known = find_dataset(name, split, data_dir), DATASETS.get(name)
     if name == "shapes":
         return draw_shapes(getattr(known, split), seed=split == "test")
     demand(name != "none", "no data set was named")
     demand(source, f"{name} is not in {data_dir}: --download it or put {known and known.url} there")
     with reading(source, "delete it and add --download" if known else
-                 f"it should hold uint8 images x_{split} (N,32,32,3) and labels y_{split} (N,)"):
+                 f"it should hold uint8 images x_{split} (N,{size or 32},{size or 32},3) and "
+                 f"labels y_{split} (N,)"):
         if known:
             (classes, size), n = known[:2], getattr(known, split)
             x, y = (_load_tiny if size == 64 else _load_cifar)(known, split, _reader(known, source))
         else:
             x, y = read_npz(source, [f"x_{split}", f"y_{split}"], limit=2**31).values()
-            n, size, classes = len(x), 64 if x.shape[1:2] == (64,) else 32, classes or 2**15
+            n, classes = len(x), classes or 2**15
+            size = size or (64 if x.shape[1:2] == (64,) else 32)
         require(x.dtype == np.uint8 and x.shape == (n, size, size, 3) and y.shape == (n,) and n > 0
                 and y.dtype.kind in "iu" and y.min() >= 0 and y.max() < classes,
                 f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape} of {classes}")
@@ -856,6 +858,14 @@ def _load_tiny(known, split, read):
         require(image.size == (64, 64), f"{name} is not 64x64")
         x[k] = image.convert("RGB")
     return x, np.array([ids.index(c) for _, c in files])
+
+def pixel_statistics(x):
+    """Mean and standard deviation of each channel of uint8 images, in [0, 1], to four digits."""
+    counts, v = np.zeros((3, 256)), np.arange(256) / 255
+    for i in range(0, len(x), 1000):
+        counts += [np.bincount(c, minlength=256) for c in x[i:i + 1000].reshape(-1, 3).T]
+    mean, square = counts @ v / counts[0].sum(), counts @ v ** 2 / counts[0].sum()
+    return mean.round(4).tolist(), np.sqrt(np.maximum(square - mean ** 2, 0)).round(4).tolist()
 
 def draw_shapes(n, seed):
     """n images, x (n,32,32,3) uint8, y (n,) int64 of 10 classes: disc, square, triangle, cross,
@@ -1207,13 +1217,17 @@ def crops(rng, x):
 
 def predict(net, x, batch=256, **mode):
     """Logits (N, K) on the host of uint8 images x, and the Output of each batch. mode as resnet."""
+    require(x.dtype == np.uint8, f"x must be uint8, not {x.dtype}")
     batches = (xp.asarray(x[i:i + batch]).astype(np.float32) for i in range(0, len(x), batch))
     outputs = [forward(net, normalise(images / 255, net.mean, net.std)[0], need="", **mode)[0]
                for images in batches]
-    return np.concatenate([to_host(out.logits) for out in outputs]), outputs
+    logits = np.concatenate([to_host(out.logits) for out in outputs])
+    demand(np.isfinite(logits).all(), "logits are not finite: train with a lower learning rate")
+    return logits, outputs
 
 def evaluate(net, x, y, batch=256):
     """Accuracy and, for a spiking net, firing rates and Eq. (11), as means over uint8 images x."""
+    expect("y", y, len(x))
     logits, outputs = predict(net, x, batch, measure=True)
     rates = {k: sum(len(o.logits) * o.rates[k] for o in outputs) / len(x) for k in outputs[0].rates}
     uj, ann = sum(len(o.logits) * np.array(energy(o.costs, net.T)) for o in outputs) / len(x) * 1e6
@@ -1409,6 +1423,7 @@ def run_bench(c):
     """Median seconds of a step of each kind, method stars, random weights and images. gflops: of
     the distillation step, 2 a multiply-add, back twice forward; peak_mib: growth of memory."""
     rng, arch, B = np.random.default_rng(c.seed), c.arch or "resnet20", c.batch or 128
+    demand(B > 1, "--batch must be 2 or more")
     before, crop, momenta, state = linux_says("VmRSS:"), draw_augmentation(rng, B), {}, {}
     ann = Net(init_weights(weight_shapes(arch, 10), rng))
     snn = Net(init_weights(weight_shapes(c.student_arch or arch, 10), rng), Neuron(), c.T or 4)
@@ -1487,19 +1502,19 @@ def shipped(c):
                  "give --teacher FILE, or train one by python stars.py teacher")
     return fits[0]
 
-def data_of(c, split, classes=None):
+def data_of(c, split, classes=None, size=None):
     """(x, y) of c.dataset, fetched first where it is missing and --download was given."""
     if c.download and find_dataset(c.dataset, split, c.data_dir) is None:
         url, md5 = DATASETS[c.dataset].url, DATASETS[c.dataset].md5
         tell(c, f"downloading {url}")
         download(url, md5, f"{c.data_dir}/{os.path.basename(url)}", 260_000_000, lambda done, total:
                  tell(c, f"{done >> 20} of {total >> 20} MiB", passing=True))
-    return load_dataset(c.dataset, split, c.data_dir, classes)
+    return load_dataset(c.dataset, split, c.data_dir, classes, size)
 
-def measured(c, classes, *nets):
+def measured(c, classes, size, *nets):
     """evaluate() of each net on the test set; where there is none, {} and a sentence on stderr."""
     try:
-        x, y = data_of(c, "test", classes)
+        x, y = data_of(c, "test", classes, size)
     except UserError as error:
         tell(c, f"no accuracy can be measured: {error}")
         return [{} for net in nets]
@@ -1511,7 +1526,10 @@ def run_folder(c, command, name):
     names = (f"runs/{name}" + f"-{i}" * (i > 1) for i in itertools.count(1))
     folder = c.resume or c.out or next(k for k in names if not os.path.exists(k))
     again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
-    if not c.resume:
+    if c.resume:
+        for left in pathlib.Path(folder).glob("*.tmp"):  # by a run that was killed
+            left.unlink()
+    else:
         path = f"{folder}/config.json"
         demand(not os.path.exists(path), f"{folder} holds another run: give a new --out or {again}")
         write_atomic(path, to_json(vars(c) | dict(command=command, version=VERSION)).encode())
@@ -1538,8 +1556,11 @@ def run_distil(c):
     """Teacher -> spiking student, without data (the default)."""
     if c.method == "all" or c.seeds > 1:
         methods = [*METHODS][:4] if c.method == "all" else [c.method]
-        return dict(rows=[run_distil(dataclasses.replace(c, method=method, seed=seed, seeds=1))
-                          for seed in range(c.seed, c.seed + c.seeds) for method in methods])
+        try:
+            return dict(rows=[run_distil(dataclasses.replace(c, method=method, seed=seed, seeds=1))
+                              for seed in range(c.seed, c.seed + c.seeds) for method in methods])
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop} (with this run, not those after it)") from None
     began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
     teacher, info = load_net(c, source)
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
@@ -1549,11 +1570,10 @@ def run_distil(c):
         projection = None if c.student_arch else "shortcut" in str([*own])
         shapes = weight_shapes(arch, classes, c.width, projection)
     c = settle(dataclasses.replace(c, init=c.init or ("teacher" if shapes == own else "random")))
-    size = known.size if known else info.get("size") or int(c.size or 32)
-    demand(size in (32, 64) and c.size in ("", str(size)),
-           f"--size must be 32 or 64, and is {size} where the teacher's file or --dataset says so")
-    real = data_of(c, "train", classes)[0] if c.method == "real" else ()
-    demand(not len(real) or len(real[0]) == size, f"{c.dataset} has no {size}x{size} images")
+    size = known.size if known else info.get("size") or int(c.size or 0)
+    demand(size in (32, 64), "it is not known how large the images are: add --size 32 or 64")
+    demand(c.size in ("", str(size)), f"--size must be {size} here, not {c.size}")
+    real = data_of(c, "train", classes, size)[0] if c.method == "real" else ()
     device = "cpu" if xp is np else "gpu"
     draft = Net(init_weights(shapes, np.random.default_rng(0)), Neuron(), c.T)
     t, s, g = macs(teacher, size), macs(draft, size), 21 * (c.generator_width * size) ** 2
@@ -1566,11 +1586,12 @@ def run_distil(c):
                 f"distillation steps; into {folder}")
         student, agreement, pool, rows = distil(c, teacher, shapes, size, folder, cost, real)
         path = f"{folder}/student.npz"
-        save_net(path, student, c, "distill", arch, classes, T=c.T, neuron=vars(student.activation))
+        save_net(path, student, c, "distill", arch, classes, size=size, T=c.T,
+                 neuron=vars(student.activation))
         draw(folder, pool, rows)
         row = dict(method=c.method, seeds=[c.seed], device=device, student=path, accuracy=None,
                    schedule=c.schedule, agreement=agreement, seconds=time.monotonic() - began)
-        found, ann = measured(c, classes, student, teacher)
+        found, ann = measured(c, classes, size, student, teacher)
         row |= found | dict(teacher_accuracy=ann.get("accuracy", info.get("accuracy")))
         write_atomic(f"{folder}/summary.json", to_json(row).encode())
     print(f"{c.method:7} seed {c.seed}  {path}: student {percent(row['accuracy'])}, teacher "
@@ -1580,8 +1601,8 @@ def run_distil(c):
 def run_teacher(c):
     """Train an ANN on a data set."""
     (x, y), stem = data_of(c, "train"), pathlib.Path(c.dataset).stem
-    known = DATASETS.get(c.dataset) or Dataset(int(y.max()) + 1, x.shape[1], len(x), 0, *(
-        f(x.reshape(-1, 3) / np.float32(255), 0).round(4).tolist() for f in (np.mean, np.std)))
+    known = DATASETS.get(c.dataset) or Dataset(int(y.max()) + 1, x.shape[1], len(x), 0,
+                                               *pixel_statistics(x))
     arch, epochs = ("resnet8", 8) if c.dataset == "shapes" else ("resnet20", 40)
     c = dataclasses.replace(c, arch=c.arch or arch, epochs=c.epochs or epochs, lr=c.lr or 0.1,
                             batch=min(c.batch or 128, len(x)))
@@ -1592,7 +1613,7 @@ def run_teacher(c):
         tell(c, f"training {c.arch} on {len(x)} images, {c.epochs} epochs, into {folder}")
         train(c, net, x, y, folder)
         net, path = net._replace(params=on_device(rounded(net.params))), f"{folder}/{name}.npz"
-        found = measured(c, known.classes, net)[0].get("accuracy")
+        found = measured(c, known.classes, known.size, net)[0].get("accuracy")
         save_net(path, net, c, "teacher", c.arch, known.classes, size=known.size, accuracy=found)
     print(f"{c.arch} on {c.dataset}: accuracy {percent(found)}; {path}")
     return dict(accuracy=found, teacher=path)
@@ -1601,7 +1622,8 @@ def run_eval(c):
     """Measure a saved network on the test set."""
     net, info = load_net(c, c.file)
     demand(net.activation is not relu or not c.T, f"{c.file} is an ANN: leave --T out")
-    net, (x, y) = net._replace(T=c.T or net.T), data_of(c, "test", info["classes"])
+    net = net._replace(T=c.T or net.T)
+    x, y = data_of(c, "test", info["classes"], info.get("size"))
     found = evaluate(net, x, y, c.batch or 256)
     spiking = "" if found["energy_uj"] is None else (
         f", {found['energy_uj']:.1f} uJ spiking, firing rate {percent(found['firing_rate'])}")
@@ -1639,6 +1661,7 @@ def parse(argv):
         for name, fits, other in (
                 ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
                 ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
+                ("synthesis", c.method != "real", "a --method that makes images"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
             require(fits or name not in given, f"{dashed(name)} needs {other}")
     except (ValueError, UserError) as error:
@@ -1688,12 +1711,14 @@ def parallel(function, n, chunk):
     """[function(i, j) for consecutive ranges of `chunk` in n], on THREADS threads, in order."""
     results = [None] * -(-n // chunk)
     todo = [None] * THREADS + [*range(len(results))][::-1]  # pop() is atomic; None ends a thread
-    def work(_=None):
+    def work():
         for k in iter(todo.pop, None):
             results[k] = function(k * chunk, min(n, (k + 1) * chunk))
-    others = _pool.map(work, range(min(THREADS if xp is np else 1, len(results)) - 1))
+    others = [_pool.submit(work) for _ in range(min(THREADS if xp is np else 1, len(results)) - 1)]
     work()
-    list(others)  # waits for them, and raises what they raised
+    for other in others:  # one that has not begun never needs to: after a fork none can
+        if not other.cancel():
+            other.result()
     return results
 
 def accumulate(x, more):

@@ -1282,6 +1282,8 @@ BAD = [  # what the sentence names, the call
     ("s", lambda: stars.distillation_loss(A2, A2[:1])),
     ("arch", lambda: stars.weight_shapes("resnet21", 10)),
     ("size", lambda: stars.generator_shapes(30)),
+    ("x", lambda: stars.predict(TEACHER, A4)),
+    ("y", lambda: stars.evaluate(TEACHER, np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 1)))),
     ("device", lambda: stars.use_device("tpu"))]
 
 @pytest.mark.parametrize("dtype", ("f8", "f4"))
@@ -1778,6 +1780,22 @@ def test_fast_paths_do_not_depend_on_the_number_of_threads(monkeypatch):
         monkeypatch.setattr(stars, "THREADS", threads)
         for a, b in zip(everything(), alone, strict=True):
             assert a is b is None or (np.asarray(a) == b).all()
+
+def test_a_forked_process_computes():
+    code = """import os, signal, stars
+stars.THREADS = 2
+compute = lambda: stars.parallel(lambda i, j: (os.getpid(), i), 8, 1)
+compute()
+child = os.fork()
+assert [i for _, i in compute()] == [*range(8)]
+if child:
+    signal.alarm(20)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    assert subprocess.run([sys.executable, "-c", code], timeout=60,
+                          cwd=Path(stars.__file__).parent).returncode == 0
 
 def test_float32_norm_activation_is_near_float64():
     for args, _ in norm_cases(stars):
@@ -2499,6 +2517,20 @@ def test_a_data_set_of_your_own(tmp_path):
         np.savez(path, x_test=x, y_test=np.asarray(y))
         refused("mine.npz cannot be read", load)
 
+def test_pixel_statistics_are_exact_for_any_number_of_images():
+    x = np.random.default_rng(0).integers(0, 256, (1234, 5, 4, 3), np.uint8)
+    for found, wanted in zip(stars.pixel_statistics(x), ((x / 255).mean((0, 1, 2)),
+                                                         (x / 255).std((0, 1, 2)))):
+        assert found == wanted.round(4).tolist()
+    white = np.broadcast_to(np.uint8(255), (17_000, 32, 32, 3))  # above 2^24 pixels
+    assert stars.pixel_statistics(white) == ([1, 1, 1], [0, 0, 0])
+
+def test_logits_that_are_not_finite_have_no_accuracy():
+    params = {k: v.astype("f4") for k, v in TEACHER.params.items()}
+    params["linear.bias"] = params["linear.bias"] + np.float32("inf")
+    net, x = TEACHER._replace(params=params), np.zeros((2, 8, 8, 3), np.uint8)
+    refused("logits are not finite", stars.evaluate, net, x, np.zeros(2, int))
+
 def test_shapes_are_repeatable_balanced_and_not_linear():
     x, y = stars.draw_shapes(4000, 0)
     again, labels = stars.draw_shapes(4000, 0)
@@ -2927,6 +2959,7 @@ def test_safetensors(tmp_path, monkeypatch):
 
 # ---- 11  The command line ------------------------------------------------------------------------
 
+GIVEN = ["--mean", ".5,.5,.5", "--std", ".2,.2,.2", "--size", "32"]
 TINY = ["--epochs", "3", "--warm-up", "1", "--synthesis-steps", "2", "--distill-steps", "2",
         "--batch", "8", "--generator-width", "4", "--z-dim", "4", "--quiet"]
 
@@ -3025,6 +3058,13 @@ def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
     rows = [(row["method"], *row["seeds"]) for row in last_json(out)["rows"]]
     assert rows == [(m, s) for s in (0, 1) for m in ("bn", "bn+rca", "bn+tar", "stars")]
 
+def test_ctrl_c_in_a_table_says_what_goes_on(folder, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(stars, "synthesis_step", interrupt)
+    code, _, err = distil(capsys, "--method", "all")
+    assert code == 130 and "--resume runs/cifar10-bn-s0 (with this run, not those after it)" in err
+
 def pool_of(run_folder):
     return np.fromfile(run_folder / "pool.bin", np.uint8).reshape(-1, 8, 32, 32, 3)
 
@@ -3033,7 +3073,7 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     assert code == 1 and "cifar10 is not in data" in err and not Path("with").exists()
     x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
     np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    mine = "--dataset", "mine.npz", "--mean", ".5,.5,.5", "--std", ".2,.2,.2"
+    mine = "--dataset", "mine.npz", *GIVEN
     code, out, _ = distil(capsys, "--method", "real", *mine, "--out", "with", "--json")
     assert code == 0 and last_json(out)["n"] == 20
     known = {image.tobytes() for image in x}
@@ -3041,7 +3081,7 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     assert images <= known and len(images) > 10
     np.savez("mine.npz", x_train=x.repeat(2, 1).repeat(2, 2), y_train=y)
     code, _, err = distil(capsys, "--method", "real", *mine)
-    assert code == 1 and "mine.npz has no 32x32 images" in err
+    assert code == 1 and "mine.npz cannot be read" in err and "x_train (N,32,32,3)" in err
 
 def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
     seen, crops = [], stars.crops
@@ -3125,11 +3165,14 @@ def test_torture_killed_runs_go_on_to_the_same_student(folder, capsys):
             process.wait(rng.uniform(0, took * (0.5 if k % 5 else 1)))
         process.kill()
         process.wait()
+        with contextlib.suppress(FileNotFoundError):  # as if it had been writing
+            (folder / f"cut{k}/checkpoint.npz-0.tmp").write_bytes(b"half")
         inside += (folder / f"cut{k}/config.json").exists() and process.returncode < 0
         again = ["--resume", f"cut{k}"] if (folder / f"cut{k}/config.json").exists() else [
             "--dataset", "cifar10", "--teacher", "teacher.npz", *TINY, *SMALL, "--out", f"cut{k}"]
         assert run(capsys, *again, "--quiet")[0] == 0
         same += digest(folder / f"cut{k}/student.npz") == digest(folder / "whole/student.npz")
+        assert again[0] != "--resume" or not [*(folder / f"cut{k}").glob("*.tmp")]
         assert len((folder / f"cut{k}/metrics.jsonl").read_text().splitlines()) == 12
     CLOSING.append(f"{kills} kills ({inside} inside a run), {same} identical students")
     assert same == kills
@@ -3233,16 +3276,16 @@ def test_a_teacher_is_trained_from_a_file_and_goes_on_where_it_stopped(folder, c
     assert digest(folder / last_json(out)["teacher"]) == digest(folder / path)
 
 def test_a_student_needs_no_data_set(folder, capsys, monkeypatch):
-    code, out, err = run(capsys, "--dataset", "none", "--teacher", "teacher.npz", "--size", "64",
-                         *GIVEN, *TINY[:-1], "--json")
+    code, out, err = run(capsys, "--dataset", "none", "--teacher", "teacher.npz", *GIVEN,
+                         "--size", "64", *TINY[:-1], "--json")
     row = last_json(out)
     assert code == 0 and row["accuracy"] is None and 0 <= row["agreement"] <= 1
     assert "no accuracy can be measured: no data set was named" in err
     assert os.path.getsize("runs/none-stars-s0/pool.bin") == 3 * 2 * 8 * 64 * 64 * 3
-    np.savez("set.npz", x_test=np.zeros((4, 32, 32, 3), np.uint8), y_test=np.arange(4))
-    assert run(capsys, "eval", row["student"], "--dataset", "set.npz")[0] == 0
-    put_cifar10(folder, monkeypatch)
-    assert run(capsys, "eval", row["student"])[0] == 0
+    for size, code in (64, 0), (32, 1):
+        np.savez("set.npz", x_test=np.zeros((4, size, size, 3), np.uint8), y_test=np.arange(4))
+        found = run(capsys, "eval", row["student"], "--dataset", "set.npz")
+        assert found[0] == code and ("images x_test (N,64,64,3)" in found[2]) == code
 
 def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     put_cifar10(folder, monkeypatch)
@@ -3253,7 +3296,6 @@ def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     ours, theirs = (run(capsys, "eval", name, *flags) for name in ("teacher.npz", "public.npz"))
     assert ours[0] == theirs[0] == 0 and last_json(ours[1]) == last_json(theirs[1])
 
-GIVEN = ["--mean", ".5,.5,.5", "--std", ".2,.2,.2"]
 FAILURES = [  # arguments, what the sentence says
     (["--teacher", "none.npz"], "none.npz"),
     (["--teacher", "teacher.npz", "--arch", "vgg11"], "resnet8"),
@@ -3275,8 +3317,10 @@ FAILURES = [  # arguments, what the sentence says
     (["eval", "negative.npz"], "a v_th or amplitude is not positive"),
     (["--teacher", "thresholds.npz"], "an ANN has no v_th"),
     (["--teacher", "large.npz"], "size 64, not 32"),
-    (["--teacher", "large.npz", "--dataset", "none", "--size", "32", *GIVEN], "is 64 where"),
-    (["--teacher", "teacher.npz", "--size", "64"], "is 32 where the teacher's file or --dataset"),
+    (["--teacher", "large.npz", "--dataset", "none", *GIVEN], "--size must be 64 here, not 32"),
+    (["--teacher", "teacher.npz", "--size", "64"], "--size must be 32 here, not 64"),
+    (["--teacher", "teacher.npz", "--dataset", "none", *GIVEN[:4]], "add --size 32 or 64"),
+    (["bench", "--batch", "1"], "--batch must be 2 or more"),
     (["--teacher", "teacher.npz", "--dataset", "none"], "its mean is not known"),
     (["teacher", "--dataset", "none"], "no data set was named"),
     (["--dataset", "none"], "is not shipped, but"),
@@ -3311,6 +3355,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     ("--quantile 2", "--quantile must be 0 to 1"), ("--lam 1.1", "--lam must be 0 to 1"),
     ("--out a --seeds 2", "--out needs"), ("--out a --resume b", "--out needs"),
     ("--method bn --w-rca 5", "--w-rca needs"),
+    ("--method real --synthesis pixels", "--synthesis needs a --method that makes images"),
     ("--method bn+rca --w-tar 5", "--w-tar needs"), ("--w-rate -1", "--w-rate must be"),
     ("--method bn_rca", "--method must be one of bn, bn+rca, bn+tar, stars, real, all, not bn_rca"),
     ("--arch resnet-20", "--arch must be one of resnet8, resnet14, resnet20"),
@@ -4243,4 +4288,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["bench"], ["ablation"]):
         raise SystemExit("python test_stars.py bench, python test_stars.py ablation, or make test")
-    dict(bench=bench, ablation=ablation)[sys.argv[1]](sys.argv[2:])
+    try:
+        dict(bench=bench, ablation=ablation)[sys.argv[1]](sys.argv[2:])
+    except stars.UserError as error:
+        raise SystemExit(f"test_stars.py: {error}") from None
