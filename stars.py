@@ -1085,7 +1085,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 8  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 9  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
