@@ -400,7 +400,7 @@ def _residual_block(run, name, x, stride):
     def back(dy):
         dz, dkept = back2(dy)
         dx = back1(dz)
-        accumulate(dx, shortcut_back(dkept))
+        dx += shortcut_back(dkept)
         return dx
     return y, back
 
@@ -1720,13 +1720,6 @@ def parallel(function, n, chunk):
         if not other.cancel():
             other.result()
     return results
-
-def accumulate(x, more):
-    """x += more"""
-    def part(i, j):
-        some = x[i:j]
-        some += more[i:j]
-    parallel(part, len(x), images_a_chunk(x, None))
 
 def keep_pages():
     """glibc: hand freed arrays to the next ones; page faults would cost a quarter of a step."""

@@ -1447,7 +1447,7 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
     ("slope((u - V) / V) / V", "slope(u - V) / V", "lif_gradient_at_real_spikes"),
     ("for t in reversed(range(T)):", "for t in range(T):", "lif_gradient_of_a_smooth_spike"),
     ("dx if dfeatures is None else dx + dfeatures", "dx", "network_gradient_option_A"),
-    ("        accumulate(dx, shortcut_back(dkept))\n", "", "network_gradient_option_A"),
+    ("        dx += shortcut_back(dkept)\n", "", "network_gradient_option_A"),
     (" and block != \"layer1.0\"", "", "students_and_energy_are_their_simulation"),
     ("if first and T > 1 else identity(y)", "if first and T > 2 else identity(y)",
      "synthesis_gradient_to_the_pixels"),
