@@ -1714,7 +1714,7 @@ def parallel(function, n, chunk):
     def work():
         for k in iter(todo.pop, None):
             results[k] = function(k * chunk, min(n, (k + 1) * chunk))
-    others = [_pool.submit(work) for _ in range(min(THREADS if xp is np else 1, len(results)) - 1)]
+    others = [_pool.submit(work) for _ in range(min(THREADS, len(results)) - 1)]
     work()
     for other in others:  # one that has not begun never needs to: after a fork none can
         if not other.cancel():
@@ -1728,10 +1728,8 @@ def keep_pages():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 def images_a_chunk(x, chunk):
-    """On a GPU all; on the CPU at least four chunks, if there are as many images, whatever the
-    threads."""
-    most = min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes) if xp is np else len(x)
-    return chunk or max(1, most)
+    """At least four chunks, if there are as many images, whatever the threads."""
+    return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes))
 
 # -- convolution: each of the two ways returns what it does with a chunk of images:
 #    forward(x, y), backward(x, dy, dx) -> a part of dw, and gather(sum of parts) -> dw
@@ -2006,22 +2004,20 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, share, tail, chunk=None):
 def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
     """Eq. (12) as rate_matching of section 5."""
     v, y, shape = z.reshape(T, len(y), -1), y.reshape(len(y), -1), y.shape
-    gap, chunk = xp.empty(y.shape, y.dtype), images_a_chunk(y, chunk)
+    gap = xp.empty(y.shape, y.dtype)
     def part(i, j):
         np.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
         gap[i:j] -= np.clip(y[i:j] * (1 / v_th), 0, 1)
         return np.vdot(gap[i:j], gap[i:j])
     if xp is np:
-        loss = sum(parallel(part, len(y), chunk)) / gap.size
+        loss = sum(parallel(part, len(y), images_a_chunk(y, chunk))) / gap.size
     else:
         parts = xp.empty(min(gap.size, GPU_THREADS), y.dtype)
         launch("rate", parts.size, v, y, gap, parts, gap.size, 1 / (T * float(amplitude)),
                1 / float(v_th), T=T)
         loss = parts.sum()
     def back(dloss):
-        dz, k = xp.empty_like(gap), 2 * dloss / (gap.size * T * float(amplitude))
-        parallel(lambda i, j: xp.multiply(gap[i:j], k, out=dz[i:j]), len(gap), chunk)
-        return dz.reshape(shape)
+        return (gap * (2 * dloss / (gap.size * T * float(amplitude)))).reshape(shape)
     return loss, back
 
 # -- GPU: i is the number of a thread, n how many there are. e is x - mean, y normalised; sizes are
