@@ -1922,11 +1922,9 @@ template <class F> static void block(F f, bool barriers) {
 
 class Kernel:
     """What cupy.RawKernel is to stars.py, on the CPU."""
-    seen = {}  # code -> name
     early = False
 
     def __init__(self, code, name):
-        Kernel.seen[code] = name
         arguments = re.search(rf"void {name}\(int n, (.*)\) {{", code)[1]
         names = ", ".join(argument.split()[-1] for argument in arguments.split(", "))
         path = kernel_folder()[0] / hashlib.sha256(code.encode()).hexdigest()[:16]
@@ -2182,17 +2180,21 @@ class CuPy:
         def __call__(self, grid, block, arguments):
             super().__call__(grid, block, [*map(here, arguments)])
 
-def test_kernels_compile_for_gpus(tmp_path):
+def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
-    Kernel.seen.clear()
-    kernels_are_their_operators(stars)
-    gpu_conv2d_is_conv2d(stars)
+    seen = {}  # code -> name, of kernels that are not run here
+    monkeypatch.setattr(Kernel, "__init__", lambda self, *of: seen.update([of]))
+    monkeypatch.setattr(Kernel, "__call__", lambda *_: None)
+    monkeypatch.setitem(globals(), "assert_kernels_agree", lambda *_: None)
+    with np.errstate(all="ignore"):  # in what they left unwritten
+        for cases in kernel_cases, window_cases:
+            kernels_are_their_operators(stars, cases)
     path, kinds = tmp_path / "kernels.cu", set()
     with open(path, "w") as file:
         print(stars.DEVICE, file=file)
         both = sorted({(code.replace(stars.DEVICE, "").replace("double", real), name)
-                       for code, name in Kernel.seen.items() for real in ("double", "float")})
+                       for code, name in seen.items() for real in ("double", "float")})
         for i, (code, name) in enumerate(both):
             names = re.findall(r"#define (\w+)", code)
             code = code.replace(f"void {name}(", f"void {name}_{i}(")
