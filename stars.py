@@ -1319,7 +1319,9 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
             yield "distillation", dict(zip(("kd", "rkd", "rate"), distillation_step(
                 student, groups["sgd"], crops(rng, images[i]), teacher, c.tau_kd, lr,
                 c.weight_decay, both.rca, c.w_rate, V)))
-        found = {} if warm else agreement(images[-32:])
+        found = {}
+        with contextlib.suppress(UserError):  # each_epoch says better what is not finite
+            found = {} if warm else agreement(images[-32:])
         row |= {"agreement": found["accuracy"]} if found else {}
         row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.distill_batch
         warnings += symptoms(teacher, images[-1], found.get("firing_rates", {}))
@@ -1528,7 +1530,8 @@ def run_folder(c, command, name):
     again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
     if c.resume:
         for left in pathlib.Path(folder).glob("*.tmp"):  # by a run that was killed
-            left.unlink()
+            with contextlib.suppress(OSError):
+                left.unlink()
     else:
         path = f"{folder}/config.json"
         demand(not os.path.exists(path), f"{folder} holds another run: give a new --out or {again}")
@@ -1560,7 +1563,8 @@ def run_distil(c):
             return dict(rows=[run_distil(dataclasses.replace(c, method=method, seed=seed, seeds=1))
                               for seed in range(c.seed, c.seed + c.seeds) for method in methods])
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop} (with this run, not those after it)") from None
+            about = " (with this run, not those after it)"
+            raise KeyboardInterrupt(str(stop) and str(stop) + about) from None
     began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
     teacher, info = load_net(c, source)
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
@@ -1571,7 +1575,7 @@ def run_distil(c):
         shapes = weight_shapes(arch, classes, c.width, projection)
     c = settle(dataclasses.replace(c, init=c.init or ("teacher" if shapes == own else "random")))
     size = known.size if known else info.get("size") or int(c.size or 0)
-    demand(size in (32, 64), "it is not known how large the images are: add --size 32 or 64")
+    demand(str(size) in ("32", "64"), "the size of the images is not known: add --size 32 or 64")
     demand(c.size in ("", str(size)), f"--size must be {size} here, not {c.size}")
     real = data_of(c, "train", classes, size)[0] if c.method == "real" else ()
     device = "cpu" if xp is np else "gpu"

@@ -1781,6 +1781,15 @@ def test_fast_paths_do_not_depend_on_the_number_of_threads(monkeypatch):
         for a, b in zip(everything(), alone, strict=True):
             assert a is b is None or (np.asarray(a) == b).all()
 
+def test_what_a_worker_raises_is_raised(monkeypatch):
+    monkeypatch.setattr(stars, "THREADS", 2)
+    both = threading.Barrier(2)
+    def fails_elsewhere(i, j):
+        both.wait(20)
+        return 1 / (threading.current_thread() is threading.main_thread())
+    with pytest.raises(ZeroDivisionError):
+        stars.parallel(fails_elsewhere, 2, 1)
+
 def test_a_forked_process_computes():
     code = """import os, signal, stars
 stars.THREADS = 2
@@ -3084,6 +3093,9 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     np.savez("mine.npz", x_train=x.repeat(2, 1).repeat(2, 2), y_train=y)
     code, _, err = distil(capsys, "--method", "real", *mine)
     assert code == 1 and "mine.npz cannot be read" in err and "x_train (N,32,32,3)" in err
+    np.savez("mine.npz", x_test=x.repeat(2, 1).repeat(2, 2), y_test=y)
+    code, out, err = distil(capsys, "--method", "bn", *mine, "--json")
+    assert code == 0 and last_json(out)["accuracy"] is None
 
 def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
     seen, crops = [], stars.crops
@@ -3297,6 +3309,8 @@ def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     flags = ("--dataset", "cifar10", "--arch", "resnet8", "--json")
     ours, theirs = (run(capsys, "eval", name, *flags) for name in ("teacher.npz", "public.npz"))
     assert ours[0] == theirs[0] == 0 and last_json(ours[1]) == last_json(theirs[1])
+    stars.save_weights("blind.npz", params, dict(arch="resnet8", dataset="none"))
+    assert run(capsys, "eval", "blind.npz", *flags)[0] == 0
 
 FAILURES = [  # arguments, what the sentence says
     (["--teacher", "none.npz"], "none.npz"),
@@ -3375,7 +3389,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys, monkeypatch):
     steps, whole = itertools.count(1), stars.distillation_loss
     def third_is_nan(t, s, tau):
         loss, back = whole(t, s, tau)
-        return loss * (np.nan if next(steps) == 4 else 1), back
+        scale = np.nan if next(steps) == 4 else 1  # of the gradient, so of the weights, too
+        return loss * scale, lambda dloss=1.0: back(dloss) * scale
     monkeypatch.setattr(stars, "distillation_loss", third_is_nan)
     code, _, err = distil(capsys, "--out", "a")
     assert code == 1 and "kd became nan in epoch 3, step 2: lower the learning rate" in err
