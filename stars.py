@@ -1470,7 +1470,8 @@ def load_net(c, path):
     (params, info), known, constants = load_weights(path, c.arch), DATASETS.get(c.dataset), []
     with reading(path, "check --dataset, --arch, and --mean and --std, as .49,.48,.45"):
         for key, here in zip(("dataset", "classes", "size"), known and (c.dataset, *known) or ()):
-            require(info.get(key, here) in (here, "none"), f"{key} {info.get(key)}, not {here}")
+            there = info.get(key, here)  # "none": of a network made by --dataset none
+            require(there in (here, "none"), f"{key} {there}, not {here}")
         width = len(params.get("conv1.weight", params.get("features.0.weight", ())))
         expected = weight_shapes(info["arch"], info["classes"], width, "shortcut" in str([*params]))
         expected |= {k: () for k in params if k.endswith((".v_th", ".amplitude"))}
@@ -1563,8 +1564,7 @@ def run_distil(c):
             return dict(rows=[run_distil(dataclasses.replace(c, method=method, seed=seed, seeds=1))
                               for seed in range(c.seed, c.seed + c.seeds) for method in methods])
         except KeyboardInterrupt as stop:
-            about = " (with this run, not those after it)"
-            raise KeyboardInterrupt(str(stop) and str(stop) + about) from None
+            raise KeyboardInterrupt(str(stop) and f"{stop} (with this run alone)") from None
     began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
     teacher, info = load_net(c, source)
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")

@@ -3074,7 +3074,7 @@ def test_ctrl_c_in_a_table_says_what_goes_on(folder, capsys, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(stars, "synthesis_step", interrupt)
     code, _, err = distil(capsys, "--method", "all")
-    assert code == 130 and "--resume runs/cifar10-bn-s0 (with this run, not those after it)" in err
+    assert code == 130 and "--resume runs/cifar10-bn-s0 (with this run alone)" in err
 
 def pool_of(run_folder):
     return np.fromfile(run_folder / "pool.bin", np.uint8).reshape(-1, 8, 32, 32, 3)
