@@ -1085,7 +1085,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 9  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 10  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1250,7 +1250,7 @@ def synthesise(c, params, state, rng, nets, weights, size, real):
         for i in rng.integers(len(real), size=(c.synthesis_steps, c.batch)):
             yield xp.asarray(real[i], np.float32) / 255, dict(total=0.0)
         return
-    pixel_state, v = {}, xp.asarray(rng.normal(0, 1, (c.batch, size, size, 3)), np.float32)
+    pixel_state, v = {}, xp.asarray(rng.normal(0, .3, (c.batch, size, size, 3)), np.float32)
     for step in range(c.synthesis_steps):
         z = xp.asarray(rng.normal(0, 1, (c.batch, c.z_dim)), np.float32)
         crop = draw_augmentation(rng, c.batch)
