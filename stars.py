@@ -962,6 +962,24 @@ def init_weights(shapes, rng, dtype=np.float32):
         return rng.uniform(-fan_in ** -0.5, fan_in ** -0.5, shape)
     return {name: xp.asarray(draw(name, shape).astype(dtype)) for name, shape in shapes.items()}
 
+@contextlib.contextmanager
+def ctrl_c_later():
+    """Ctrl-C within counts at the end, a second one at once: zipfile makes of it another error."""
+    def note(*call):
+        signal.signal(signal.SIGINT, old)
+        late.append(call)
+    late, old = [], signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ValueError):  # not in the main thread, which alone gets Ctrl-C
+        callable(old) and signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, old)
+    for call in late:
+        old(*call)
+
+@ctrl_c_later()
 def write_atomic(path, content):
     """Writes bytes, or what content(file) writes: all of it or nothing. UserError: disk full ..."""
     temporary = os.path.abspath(f"{path}-{os.urandom(4).hex()}.tmp")
