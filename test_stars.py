@@ -4230,8 +4230,7 @@ def ablation_figure(rows, real, targets, path):
         axis.plot([t[k] / r[k] for t, r in zip(targets, real)], "k:", label="target of Eq. (8)")
         axis.set(xlabel="batch norm of the teacher, from the input",
                  title=f"exceedance of {stars.Tail.kappa[k]} sd, real images = 1", ylim=(0, 1.6))
-    axes[0].legend()
-    axes[3].legend(handles=axes[3].lines[-1:])
+    page.legend(*axes[3].get_legend_handles_labels(), loc="outside right")
     page.savefig(path, dpi=110)
 
 def ablation(argv):
