@@ -1060,23 +1060,34 @@ def load_weights(path, arch=None, classes=None):
             require(float(abs(array).max(initial=0)) < 3e38, f"{name} is not finite")
             require("running_var" not in name or array.min(initial=0) >= 0, f"{name} is negative")
             params[name] = np.asarray(array, np.float32)
-        rows = len(params.get("linear.weight", params.get("classifier.weight", ())))
-        require(rows, "one linear layer is needed, as linear.weight or classifier.weight")
-        for key, value in ("classes", rows), ("classes", classes), ("arch", arch):
+        linear = [k for k, v in params.items() if k[-7:] == ".weight" and v.size and v.ndim == 2]
+        require(len(linear) == 1, f"it has {len(linear)} linear layers, not 1: " +
+                ", ".join(linear[:6]))
+        for key, value in ("classes", len(params[linear[0]])), ("classes", classes), ("arch", arch):
             require(not value or info.setdefault(key, value) == value,
                     f"its {key} is {info.get(key)}, not {value}")
         require(isinstance(info.get("arch"), str), "it does not say what network it is: add --arch")
     return params, info
 
 def public_names(weights):
-    """Our names for those of public checkpoints: no num_batches_tracked, no prefix state_dict.,
-    model., module. that every name has, fc is linear, downsample is shortcut, and VGG's conv biases
-    go into the running mean of the batch norm. ValueError: two become one, no name."""
-    weights = {n: a for n, a in weights.items() if not n.endswith("num_batches_tracked")}
-    prefix = re.match(r"((state_dict|model|module)\.)*", os.path.commonprefix([*weights]))[0]
-    params = {}
+    """Our names for those of public checkpoints: without what all begin with (module., model., ..);
+    the one linear layer is linear or a VGG's classifier, downsample is shortcut, the stages and
+    blocks of weiaicunzai/pytorch-cifar100 are layer1 .. and conv1, bn1, .., counters go, and VGG's
+    conv biases go into the running mean of the batch norm. ValueError: two become one, no name."""
+    weights = {n: a for n, a in weights.items() if not n.endswith(("s_tracked", "n_averaged"))}
+    before, params = os.path.commonprefix([*weights]), {}
+    prefix = re.match(r"((?!(features|layer\d|conv1|bn1)\.)\w+\.)*", before)[0]
+    weights = {name[len(prefix):]: array for name, array in weights.items()}
+    linear = [n[:-6] for n, a in weights.items() if n.endswith(".weight") and a.ndim == 2]
+    last = "classifier." if "features.0.weight" in weights else "linear."
+    names = {"^" + re.escape(name): last for name in linear if len(linear) == 1}
+    names |= {"downsample": "shortcut", r"conv1\.0\.": "conv1.", r"conv1\.1\.": "bn1."}
+    names |= {f"conv{i + 1}_x": f"layer{i}" for i in range(1, 5)}
+    names |= {rf"residual_function\.{i}": f"{v}{i // 3 + 1}" for i, v in (
+        (0, "conv"), (1, "bn"), (3, "conv"), (4, "bn"))}
     for name, array in weights.items():
-        name = re.sub(r"^fc\.", "linear.", name[len(prefix):]).replace("downsample", "shortcut")
+        for old, new in names.items():
+            name = re.sub(old, new, name)
         require(name not in params and name.isprintable() and len(name) < 200,
                 f"an array has two names, or none to speak of: {name}")
         params[name] = array
@@ -1093,7 +1104,8 @@ def check_weights(params, expected, path="the file"):
              for name in sorted(expected | there, key=(expected.keys() & there).__contains__)
              if there.get(name) != expected.get(name)]
     wrong[8:] = [f"{len(wrong) - 8} more"] * (len(wrong) > 8)
-    demand(not wrong, f"{path} does not fit ({'; '.join(wrong)}): check --arch and the data set")
+    demand(not wrong, f"{path} does not fit ({'; '.join(wrong)}): check --arch, the data set and "
+                      "the names of the layers")
     return {name: params[name] for name in expected}
 
 # ---- 9  Procedures -------------------------------------------------------------------------------

@@ -2714,23 +2714,37 @@ def test_arch_and_classes_must_agree(tmp_path):
             ({"classes": 11}, (), "classes is 11, not 10"), ({"arch": ["x"]}, (), "add --arch")):
         stars.save_weights(path, params, info)
         refused(text, stars.load_weights, path, *args)
+    for n, text in (0, "0 linear layers, not 1: "), (2, "2 linear layers, not 1: fc.1.weight, fc."):
+        more = {f"fc.{2 * k + 1}.weight": np.ones((10, 10)) for k in range(n)}
+        stars.save_weights(path, {k: v for k, v in params.items() if v.ndim != 2} | more, {})
+        refused(text, stars.load_weights, path, "resnet8")
     stars.save_weights(path, params, {})
     assert stars.load_weights(path, "resnet8", 10)[1] == {"arch": "resnet8", "classes": 10}
 
-def test_names_of_public_checkpoints():
+@pytest.mark.parametrize("last", ["fc.", "linear.", "classifier.", "head.fc.", "classifier.1."])
+@pytest.mark.parametrize("prefix", ["", "module.", "state_dict.module.", "_orig_mod.", "net.base."])
+def test_names_of_public_checkpoints(last, prefix):
     names = {"conv1.weight": "conv1.weight", "layer1.0.bn1.weight": "layer1.0.bn1.weight",
              "layer2.0.downsample.0.weight": "layer2.0.shortcut.0.weight",
-             "layer2.0.shortcut.1.bias": "layer2.0.shortcut.1.bias", "fc.weight": "linear.weight",
-             "bn1.num_batches_tracked": None, "fc.bias": "linear.bias"}
-    theirs = {name: np.float32(k) for k, name in enumerate(names)}
-    ours = {ours: theirs[name] for name, ours in names.items() if ours}
-    for prefix in ("", "module.", "state_dict.", "model.", "state_dict.module.", "module.model."):
-        assert stars.public_names({prefix + n: a for n, a in theirs.items()}) == ours
-    mixed = {"module." + name: a for name, a in theirs.items()} | {"epoch": 1}
-    assert "module.conv1.weight" in stars.public_names(mixed)  # left for the list of what is wrong
-    with pytest.raises(ValueError, match="two names, .*: linear.weight$"):
-        stars.public_names(theirs | {"linear.weight": 0})
-
+             "layer2.0.shortcut.1.bias": "layer2.0.shortcut.1.bias",
+             "conv1.1.weight": "bn1.weight", "conv3_x.1.shortcut.0.w": "layer2.1.shortcut.0.w",
+             "conv5_x.0.residual_function.0.weight": "layer4.0.conv1.weight",
+             "conv4_x.1.residual_function.1.bias": "layer3.1.bn1.bias",
+             "conv2_x.1.residual_function.3.weight": "layer1.1.conv2.weight",
+             "conv2_x.1.residual_function.4.running_var": "layer1.1.bn2.running_var",
+             "bn1.num_batches_tracked": None, "n_averaged": None,
+             last + "weight": "linear.weight", last + "bias": "linear.bias"}
+    theirs = {prefix + n: np.full((2, 3) if n == last + "weight" else (), k, np.float32)
+              for k, n in enumerate(names)}
+    ours = {ours: theirs[prefix + name] for name, ours in names.items() if ours}
+    assert stars.public_names(theirs) == ours
+    vgg = stars.public_names(theirs | {prefix + "features.0.weight": np.float32(0)})
+    assert {"classifier.weight", "classifier.bias"} < vgg.keys()
+    if last != "linear.":
+        with pytest.raises(ValueError, match="two names, .*: linear.bias$"):
+            stars.public_names(theirs | {prefix + "linear.bias": np.float32(0)})
+    mixed = stars.public_names(theirs | {"epoch": np.float32(1), "module.x": np.float32(1)})
+    assert {"epoch", "module.x"} < mixed.keys()  # left for the list of what is wrong
 
 def test_biases_of_vgg_go_into_the_running_mean():
     w, b, mean, var, x = normal(0, (4, 3, 1, 1), (4,), (4,), (4,), (7, 1, 1, 3))
@@ -2802,7 +2816,7 @@ def test_hostile_files_of_weights_are_refused(tmp_path):
         np.savez(path, info=text.reshape(()), **{"linear.weight": np.ones((10, 64))})
         check("info has characters that do not exist")
     for wrong in (math.nan, math.inf, -math.inf, 1e300):
-        np.savez(path, **{"a.weight": np.ones(3), "b.weight": np.array([[1., wrong]])})
+        np.savez(path, **{"fc.weight": np.ones((2, 3)), "b.weight": np.array([wrong])})
         check("b.weight is not finite")
     np.savez(path, **{"bn1.running_var": -np.ones(3)})
     check("bn1.running_var is negative")
@@ -2850,7 +2864,7 @@ def test_torture_memory_is_bounded_whatever_a_file_says(tmp_path):
             stars.load_weights(sys.argv[1], "resnet8")
         except stars.UserError as error:
             print(peak() - before, error)"""
-    for path, text, bound in ((zeros, "linear layer is needed", 4 * limit),
+    for path, text, bound in ((zeros, "0 linear layers", 4 * limit),
                               (many, "cannot be read (Bad", 20 * many.stat().st_size)):
         grown, said = run_python(code, path, limit).communicate()[0].split(" ", 1)
         assert text in said and int(grown) < bound + 2 ** 23, (grown, said)
@@ -3949,6 +3963,32 @@ def test_the_readme_trains_a_pytorch_generator(monkeypatch):
     y, dy = space["images"].detach().flatten(1), torch.from_numpy(space["dx"].transpose(0, 3, 1, 2))
     wanted = (dy.flatten(1) * y * (1 - y)).sum(0)
     assert wanted.abs().max() > 0 and torch.allclose(last.bias.grad, wanted, rtol=1e-4, atol=1e-7)
+
+@needs_torch
+def test_the_readme_converts_a_pytorch_checkpoint_and_compares_it(tmp_path, monkeypatch, capsys):
+    readme = Path(stars.__file__).with_name("README.md").read_text()
+    command = next(line for line in readme.splitlines() if "torch.load('model.th'" in line)
+    compare = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "predict" in b)
+    nn, layers, c = torch.nn, [], 3
+    for n, k in zip((1, 1, 2, 2, 2), (4, 8, 16, 32, 32)):
+        for _ in range(n):
+            layers += [nn.Conv2d(c, k, 3, padding=1), nn.BatchNorm2d(k, momentum=None), nn.ReLU()]
+            c = k
+        layers.append(nn.MaxPool2d(2))
+    model = nn.Sequential(collections.OrderedDict(
+        features=nn.Sequential(*layers), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
+        fc=nn.Linear(c, 10)))
+    model(3 * torch.randn(64, 3, 32, 32))  # statistics that are not 0 and 1
+    monkeypatch.chdir(tmp_path)
+    state = {"module." + name: value for name, value in model.state_dict().items()}
+    torch.save({"net": state, "acc": 91.2, "epoch": 7}, "model.th")
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
+    differences = []
+    for layer in layers[3], nn.AvgPool2d(2):  # the second is not what stars.py takes for granted
+        model.features[3] = layer
+        exec(compare.replace("resnet20", "vgg11"), {"model": model.eval()})
+        differences.append(float(capsys.readouterr().out))
+    assert differences[0] < 1e-5 < 1e-2 < differences[1]
 
 # `python test_stars.py bench` runs `stars.py bench` and the peer's, each in a process of its own.
 
