@@ -524,9 +524,9 @@ def bn_matching(a, mean, var):
 def class_prior(t, labels=None):
     """mean_b CE(t, y), y constant: labels (B,) or argmax t.   t (B, K).   back: dloss -> dt."""
     log_p, log_back = log_softmax(t)
-    require(labels is None or np.isin(to_host(labels), range(t.shape[1])).sum() == len(t),
-            f"labels must be {len(t)} in 0 .. {t.shape[1] - 1}")
     y = t.argmax(1) if labels is None else xp.asarray(labels)
+    fit = labels is None or y.shape == t.shape[:1] and np.isin(to_host(y), range(t.shape[1])).all()
+    require(fit, f"labels must be {len(t)} in 0 .. {t.shape[1] - 1}, of shape {t.shape[:1]}")
     one_hot = (xp.arange(t.shape[1]) == y[:, None]).astype(t.dtype)
     def back(dloss=1.0):
         return log_back(-one_hot * (dloss / len(t)))
@@ -583,7 +583,9 @@ class Tail:
         density = ((1 - p) * np.exp(-0.5 * (xi * sd + p * shift) ** 2) +
                    p * np.exp(-0.5 * (xi * sd - (1 - p) * shift) ** 2))
         soft = 0.5 + 0.5 * np.tanh((xi - np.array(self.kappa)[:, None]) / (2 * self.tau))
-        return density @ soft.T / density.sum(1, keepdims=True)
+        pi = density @ soft.T / density.sum(1, keepdims=True)
+        pi.flags.writeable = False  # the cache gives it to all
+        return pi
 
 def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, eps=1e-5):
     """Tail-aware regularisation of a layer: mean_ck (e_ck - pi_k)^2 / (pi_k (1 - pi_k)).
@@ -1059,7 +1061,7 @@ def load_weights(path, arch=None, classes=None):
             require(array.dtype.kind == "f", f"{name} is {array.dtype}")
             require(float(abs(array).max(initial=0)) < 3e38, f"{name} is not finite")
             require("running_var" not in name or array.min(initial=0) >= 0, f"{name} is negative")
-            params[name] = np.asarray(array, np.float32)
+            params[name] = np.array(array, np.float32)
         linear = [k for k, v in params.items() if k[-7:] == ".weight" and v.size and v.ndim == 2]
         require(len(linear) == 1, f"it has {len(linear)} linear layers, not 1: " +
                 ", ".join(linear[:6]))
@@ -1135,7 +1137,7 @@ class Config:
     download: bool = flag(False, "fetch the data set where it is missing")
     device: str = flag("auto", "auto: the GPU if one works", choices=("auto", "cpu", "gpu"))
     seed: int = flag(0, "seed of everything random", least=0, most=2**63)
-    out: str = flag("", "folder of the run; default runs/<dataset>-<method>-s<seed>")
+    out: str = flag("", "folder of a run; default runs/<dataset>-<method>-s<seed>, -<arch>-teacher")
     json: bool = flag(False, "end stdout with one JSON object")
     quiet: bool = flag(False, "no progress")
     tf32: bool = flag(False, "let a GPU multiply in TF32: faster, less exact")
@@ -1305,7 +1307,7 @@ def symptoms(teacher, x, rates):
              min(x.std(0).mean(), x.std((1, 2)).mean()) < 1)) if seen]
 
 def distil(c, teacher, shapes, size, folder, cost, real=()):
-    """STARS: teacher Net -> student Net, agreement with the teacher, pool of images, metrics.
+    """STARS: teacher Net -> student Net, agreement with it (not of real), pool of images, metrics.
     Goes on from the checkpoint in folder, if there is one. The pool (batches, batch, S, S, 3) of
     8-bit images lies in pool.bin; a sixteenth of each batch is held out, to measure agreement."""
     rng, held, on = np.random.default_rng(c.seed), max(1, c.batch // 16), METHODS[c.method]
@@ -1352,14 +1354,15 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
         found = {}
         with contextlib.suppress(UserError):  # each_epoch says better what is not finite
             found = {} if warm else agreement(images[-32:])
-        row |= {"agreement": found["accuracy"]} if found else {}
+        row |= {"agreement": found["accuracy"]} if found and c.method != "real" else {}
         row["images_seen"] = max(0, epoch + 1 - c.warm_up) * c.distill_steps * c.distill_batch
         warnings += symptoms(teacher, images[-1], found.get("firing_rates", {}))
     plan = [{"warm-up": batches}] * c.warm_up + [
         {"synthesis": batches, "distillation": c.distill_steps}] * (c.epochs - c.warm_up)
     rows = each_epoch(c, folder, groups, rng, [*teacher.params.values(), *real], plan, work, cost)
     student = student._replace(params=on_device(rounded(student.params)))
-    return student, agreement(pool(c.epochs))["accuracy"], pool(c.epochs), rows
+    found = None if c.method == "real" else agreement(pool(c.epochs)[ripe:])["accuracy"]
+    return student, found, pool(c.epochs), rows
 
 def train(c, net, x, y, folder):
     """Train an ANN in place on uint8 images x (N, H, W, 3), labels y (N,): SGD, crop and flip."""
@@ -1582,8 +1585,9 @@ def resumed(given, command):
         same_run(path, was, {k: v for k, v in now.items() if k not in HERE})
         own = HERE - {"data_dir", "device"} | {"command", "version"}  # not from the run that ended
         c = Config(**{k: v for k, v in was.items() if k not in own} | given)
-        wrong = [k for k, v in vars(c).items() if type(v) is not type(getattr(Config, k))]
-        require(not wrong, f"what it says of {', '.join(wrong)} has the wrong type")
+        wrong = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != f.default
+                 and not fits(f, getattr(c, f.name))]
+        require(not wrong, f"what it says of {', '.join(wrong)} cannot be")
         return c
 
 def run_distil(c):
@@ -1595,7 +1599,7 @@ def run_distil(c):
                               for seed in range(c.seed, c.seed + c.seeds) for method in methods])
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(str(stop) and f"{stop} (with this run alone)") from None
-    began, source, known = time.monotonic(), c.teacher or shipped(c), DATASETS.get(c.dataset)
+    source, known = c.teacher or shipped(c), DATASETS.get(c.dataset)
     teacher, info = load_net(c, source)
     demand(teacher.activation is relu, f"{source} is a spiking network: the teacher must be an ANN")
     arch, classes = c.student_arch or info["arch"], info["classes"]
@@ -1624,7 +1628,8 @@ def run_distil(c):
                  neuron=vars(student.activation))
         draw(folder, pool, rows)
         row = dict(method=c.method, seeds=[c.seed], device=device, student=path, accuracy=None,
-                   schedule=c.schedule, agreement=agreement, seconds=time.monotonic() - began)
+                   schedule=c.schedule, agreement=agreement)
+        row["seconds"] = sum(epoch["seconds"] for epoch in rows)
         found, ann = measured(c, classes, size, student, teacher)
         row |= found | dict(teacher_accuracy=ann.get("accuracy", info.get("accuracy")))
         write_atomic(f"{folder}/summary.json", to_json(row).encode())
@@ -1668,6 +1673,12 @@ def run_eval(c):
 
 COMMANDS = dict(distill=run_distil, teacher=run_teacher, eval=run_eval, bench=run_bench)
 
+def fits(field, v):
+    """Whether a field of Config can be v."""
+    *_, known, least, most = field.metadata.values()
+    return type(v) is field.type and (
+        v in known if known else isinstance(v, (str, bool)) or least <= v <= most)
+
 def parse(argv):
     """-> command, {field of Config: value} as given. Exits with code 2 for wrong usage."""
     command = "distill" if not argv or argv[0].startswith("-") else argv[0]
@@ -1690,14 +1701,13 @@ def parse(argv):
         for name, v in given.items():
             *_, known, least, most = flags[name].metadata.values()
             rule = f"one of {', '.join(filter(None, known))}" if known else f"{least:g} to {most:g}"
-            fits = v in known if known else isinstance(v, str) or least <= v <= most
-            require(fits, f"{dashed(name)} must be {rule}, not {v}")
-        for name, fits, other in (
+            require(fits(flags[name], v), f"{dashed(name)} must be {rule}, not {v}")
+        for name, possible, other in (
                 ("w_rca", c.method in ("bn+rca", "stars", "all"), "Eq. (7) in --method"),
                 ("w_tar", c.method in ("bn+tar", "stars", "all"), "Eq. (8) in --method"),
                 ("synthesis", c.method != "real", "a --method that makes images"),
                 ("out", c.seeds == 1 and c.method != "all" and not c.resume, "a single, new run")):
-            require(fits or name not in given, f"{dashed(name)} needs {other}")
+            require(possible or name not in given, f"{dashed(name)} needs {other}")
     except (ValueError, UserError) as error:
         parser.error(str(error))
     return command, given
@@ -1714,7 +1724,7 @@ def main(argv=None):
         result = COMMANDS[command](c)
         if c.json:
             print(to_json(result), flush=True)
-    except (UserError, RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError, OSError) as error:
         print(f"stars.py: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -2467,4 +2477,6 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
 if __name__ == "__main__":
     with contextlib.suppress(AttributeError):  # ends as others do when nobody reads on
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     sys.exit(main())

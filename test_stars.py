@@ -1267,6 +1267,8 @@ BAD = [  # what the sentence names, the call
     ("offsets", lambda: stars.augment(A4, [[0, 0], [9, 0]], [True, False])),
     ("s", lambda: stars.adversarial(A2, A2[:1])),
     ("labels", lambda: stars.class_prior(A2, [0, 3])),
+    ("labels", lambda: stars.class_prior(A2, [[0], [1]])),
+    ("read-only", lambda: stars.Tail().targets(2, 3).fill(0)),
     ("f_t", lambda: stars.rca(A2[:1], A2[:1])), ("f_s", lambda: stars.rca(A2, A2[:1])),
     ("y", lambda: stars.rate_matching(A4, A4, 2, 1.0)),
     ("y", lambda: stars.rate_mapping(A4, A4, 2, 1.0)),
@@ -2720,6 +2722,7 @@ def test_arch_and_classes_must_agree(tmp_path):
         refused(text, stars.load_weights, path, "resnet8")
     stars.save_weights(path, params, {})
     assert stars.load_weights(path, "resnet8", 10)[1] == {"arch": "resnet8", "classes": 10}
+    assert all(a.flags.writeable for a in stars.load_weights(path, "resnet8")[0].values())
 
 @pytest.mark.parametrize("last", ["fc.", "linear.", "classifier.", "head.fc.", "classifier.1."])
 @pytest.mark.parametrize("prefix", ["", "module.", "state_dict.module.", "_orig_mod.", "net.base."])
@@ -3093,6 +3096,20 @@ def ctrl_c():
 def interrupt(*_):
     raise KeyboardInterrupt
 
+def test_a_run_that_is_resumed_tells_all_its_seconds(folder, capsys):
+    first = last_json(distil(capsys, "--out", "a", "--json")[1])["seconds"]
+    assert first > 0 and last_json(run(capsys, "--resume", "a", "--json")[1])["seconds"] == first
+
+@pytest.mark.parametrize("shell, code", [
+    ("PYTHONIOENCODING=ascii {} --out 'é dir' --quiet", 0), ("{} --out closed 2>&-", 0),
+    ("{} --out closed --quiet >&-", 0), ("{} --out full --json --quiet > /dev/full", 1)])
+def test_what_the_terminal_does_not_take_ends_no_run(folder, shell, code):
+    command = shlex.join([sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher",
+                          "teacher.npz", *TINY[:-1]])
+    done = subprocess.run(shell.format(command), shell=True, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert len([*folder.glob("*/summary.json")]) == 1 and ("No space" in done.stderr) == code
+
 def test_ctrl_c_in_a_table_says_what_goes_on(folder, capsys, monkeypatch, ctrl_c):
     monkeypatch.setattr(stars, "synthesis_step", interrupt)
     code, _, err = distil(capsys, "--method", "all")
@@ -3108,7 +3125,8 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     mine = "--dataset", "mine.npz", *GIVEN
     code, out, _ = distil(capsys, "--method", "real", *mine, "--out", "with", "--json")
-    assert code == 0 and last_json(out)["n"] == 20
+    row = last_json(out)  # no image of the pool is held out
+    assert code == 0 and row["n"] == 20 and row["agreement"] is None
     known = {image.tobytes() for image in x}
     images = {image.tobytes() for batch in pool_of(folder / "with") for image in batch}
     assert images <= known and len(images) > 10
@@ -3121,12 +3139,16 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
 
 def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
     seen, crops = [], stars.crops
+    measured, evaluate = [], stars.evaluate
     monkeypatch.setattr(stars, "crops", lambda rng, x: (seen.extend(x.copy()), crops(rng, x))[1])
+    monkeypatch.setattr(stars, "evaluate", lambda net, x, *more: (measured.append(x),
+                                                                  evaluate(net, x, *more))[1])
     assert distil(capsys, "--epochs", "5", "--warm-up", "3", "--distill-steps", "40",
                   "--out", "run")[0] == 0
     pool, seen = pool_of(folder / "run"), {image.tobytes() for image in seen}
     used = [[image.tobytes() in seen for image in batch] for batch in pool]
     assert not np.any(used[:2]) and np.all(np.any(used[2:], 1))  # 2 batches an epoch
+    assert np.array_equal(measured[-1], pool_of(folder / "run")[2:, 0])
 
 @pytest.mark.parametrize("more", [("--synthesis", "pixels"), ("--init", "random"),
                                   ("--student-arch", "vgg11", "--T", "1"), ("--surrogate", "atan")])
@@ -3356,7 +3378,7 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--std", "0,1,1"], "its std is 0.0,1.0,1.0"),
     (["--teacher", "teacher.npz", "--mean", "0,nan,0"], "its mean is 0.0,nan,0.0"),
     (["--teacher", "teacher.npz", "--out", "full"], "full holds another run"),
-    (["--resume", "typed"], "epochs has the wrong type"),
+    (["--resume", "typed"], "what it says of epochs, lam, surrogate cannot be"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
@@ -3384,14 +3406,14 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     stars.save_weights("negative.npz", params | {"bn1.v_th": -1.0}, info | dict(neuron={}))
     stars.save_weights("thresholds.npz", params | {"bn1.v_th": 1.0}, info)
     stars.save_weights("large.npz", params, info | dict(size=64))
-    np.savez("headless.npz", **{"classifier.6.weight": np.ones((2, 2))})
+    np.savez("headless.npz", **{f"classifier.{k}.weight": np.ones((2, 2)) for k in (3, 6)})
     params["conv9.weight"] = params.pop("conv1.weight")
     stars.save_weights("renamed.npz", params, info)
     (folder / "full").mkdir()
     (folder / "full/config.json").write_text("{}")
     (folder / "typed").mkdir()
     (folder / "typed/config.json").write_text(json.dumps(
-        dict(command="distill", version=stars.VERSION, epochs="2")))
+        dict(command="distill", version=stars.VERSION, epochs="2", surrogate="x", lam=2.0)))
     code, _, err = run(capsys, *argv, "--quiet")
     assert code == 1 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
