@@ -1585,8 +1585,8 @@ def resumed(given, command):
         same_run(path, was, {k: v for k, v in now.items() if k not in HERE})
         own = HERE - {"data_dir", "device"} | {"command", "version"}  # not from the run that ended
         c = Config(**{k: v for k, v in was.items() if k not in own} | given)
-        wrong = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != f.default
-                 and not fits(f, getattr(c, f.name))]
+        wrong = [f.name for f, v in zip(dataclasses.fields(c), vars(c).values())
+                 if type(v) is not f.type or v != f.default and not fits(f, v)]
         require(not wrong, f"what it says of {', '.join(wrong)} cannot be")
         return c
 
@@ -1676,8 +1676,7 @@ COMMANDS = dict(distill=run_distil, teacher=run_teacher, eval=run_eval, bench=ru
 def fits(field, v):
     """Whether a field of Config can be v."""
     *_, known, least, most = field.metadata.values()
-    return type(v) is field.type and (
-        v in known if known else isinstance(v, (str, bool)) or least <= v <= most)
+    return v in known if known else isinstance(v, str) or least <= v <= most
 
 def parse(argv):
     """-> command, {field of Config: value} as given. Exits with code 2 for wrong usage."""
