@@ -1631,7 +1631,8 @@ def run_distil(c):
                    schedule=c.schedule, agreement=agreement)
         row["seconds"] = sum(epoch["seconds"] for epoch in rows)
         found, ann = measured(c, classes, size, student, teacher)
-        row |= found | dict(teacher_accuracy=ann.get("accuracy", info.get("accuracy")))
+        said = info.get("accuracy") if c.dataset in ("none", info.get("dataset")) else None
+        row |= found | dict(teacher_accuracy=ann.get("accuracy", said))
         write_atomic(f"{folder}/summary.json", to_json(row).encode())
     print(f"{c.method:7} seed {c.seed}  {path}: student {percent(row['accuracy'])}, teacher "
           f"{percent(row['teacher_accuracy'])}, agreement on synthetic images {percent(agreement)}")

@@ -3137,6 +3137,14 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     code, out, err = distil(capsys, "--method", "bn", *mine, "--json")
     assert code == 0 and last_json(out)["accuracy"] is None
 
+def test_the_accuracy_that_a_teacher_says_is_of_its_own_data_set(folder, capsys):
+    np.savez("mine.npz", x_train=np.zeros((20, 32, 32, 3), np.uint8), y_train=np.arange(20) % 10)
+    for known, said in ("mine.npz", 0.5), ("other.npz", None):
+        params, info = stars.load_weights("teacher.npz")
+        stars.save_weights("teacher.npz", params, info | dict(accuracy=0.5, dataset=known))
+        code, out, err = distil(capsys, "--dataset", "mine.npz", *GIVEN, "--json")
+        assert code == 0 and last_json(out)["teacher_accuracy"] == said
+
 def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
     seen, crops = [], stars.crops
     measured, evaluate = [], stars.evaluate
