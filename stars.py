@@ -966,13 +966,15 @@ def init_weights(shapes, rng, dtype=np.float32):
 
 @contextlib.contextmanager
 def ctrl_c_later():
-    """Ctrl-C within counts at the end, a second one at once: zipfile makes of it another error."""
+    """Ctrl-C within takes effect at the end, a second one at once. In the middle of a file zipfile
+    would turn it into another error."""
     def note(*call):
         signal.signal(signal.SIGINT, old)
         late.append(call)
     late, old = [], signal.getsignal(signal.SIGINT)
-    with contextlib.suppress(ValueError):  # not in the main thread, which alone gets Ctrl-C
-        callable(old) and signal.signal(signal.SIGINT, note)
+    if callable(old):  # it is not ignored
+        with contextlib.suppress(ValueError):  # not in the main thread, which alone gets Ctrl-C
+            signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
@@ -1076,17 +1078,18 @@ def public_names(weights):
     the one linear layer is linear or a VGG's classifier, downsample is shortcut, the stages and
     blocks of weiaicunzai/pytorch-cifar100 are layer1 .. and conv1, bn1, .., counters go, and VGG's
     conv biases go into the running mean of the batch norm. ValueError: two become one, no name."""
-    weights = {n: a for n, a in weights.items() if not n.endswith(("s_tracked", "n_averaged"))}
-    before, params = os.path.commonprefix([*weights]), {}
-    prefix = re.match(r"((?!(features|layer\d|conv1|bn1)\.)\w+\.)*", before)[0]
+    counters, params = ("num_batches_tracked", "n_averaged"), {}
+    weights = {name: a for name, a in weights.items() if not name.endswith(counters)}
+    shared = os.path.commonprefix([*weights])
+    prefix = re.match(r"((?!(features|layer\d|conv1|bn1)\.)\w+\.)*", shared)[0]
     weights = {name[len(prefix):]: array for name, array in weights.items()}
     linear = [n[:-6] for n, a in weights.items() if n.endswith(".weight") and a.ndim == 2]
     last = "classifier." if "features.0.weight" in weights else "linear."
     names = {"^" + re.escape(name): last for name in linear if len(linear) == 1}
     names |= {"downsample": "shortcut", r"conv1\.0\.": "conv1.", r"conv1\.1\.": "bn1."}
     names |= {f"conv{i + 1}_x": f"layer{i}" for i in range(1, 5)}
-    names |= {rf"residual_function\.{i}": f"{v}{i // 3 + 1}" for i, v in (
-        (0, "conv"), (1, "bn"), (3, "conv"), (4, "bn"))}
+    names |= {r"residual_function\.0": "conv1", r"residual_function\.1": "bn1",
+              r"residual_function\.3": "conv2", r"residual_function\.4": "bn2"}
     for name, array in weights.items():
         for old, new in names.items():
             name = re.sub(old, new, name)
@@ -1628,8 +1631,8 @@ def run_distil(c):
                  neuron=vars(student.activation))
         draw(folder, pool, rows)
         row = dict(method=c.method, seeds=[c.seed], device=device, student=path, accuracy=None,
-                   schedule=c.schedule, agreement=agreement)
-        row["seconds"] = sum(epoch["seconds"] for epoch in rows)
+                   schedule=c.schedule, agreement=agreement,
+                   seconds=sum(epoch["seconds"] for epoch in rows))
         found, ann = measured(c, classes, size, student, teacher)
         said = info.get("accuracy") if c.dataset in ("none", info.get("dataset")) else None
         row |= found | dict(teacher_accuracy=ann.get("accuracy", said))

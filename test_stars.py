@@ -3104,6 +3104,8 @@ def test_a_run_that_is_resumed_tells_all_its_seconds(folder, capsys):
     ("PYTHONIOENCODING=ascii {} --out 'é dir' --quiet", 0), ("{} --out closed 2>&-", 0),
     ("{} --out closed --quiet >&-", 0), ("{} --out full --json --quiet > /dev/full", 1)])
 def test_what_the_terminal_does_not_take_ends_no_run(folder, shell, code):
+    if code and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
     command = shlex.join([sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher",
                           "teacher.npz", *TINY[:-1]])
     done = subprocess.run(shell.format(command), shell=True, text=True, stderr=subprocess.PIPE)
