@@ -1559,26 +1559,37 @@ def measured(c, classes, size, *nets):
         return [{} for net in nets]
     return [evaluate(net, x, y, c.batch) for net in nets]
 
+def alone_with(file):
+    """False if another process holds file, else it is held until closed, where the system can."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
 @contextlib.contextmanager
 def run_folder(c, command, name):
     """Gives the folder of a run, a new one unless --resume; what ends it says how to go on."""
     names = (f"runs/{name}" + f"-{i}" * (i > 1) for i in itertools.count(1))
     folder = c.resume or c.out or next(k for k in names if not os.path.exists(k))
     again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
-    if c.resume:
-        for left in pathlib.Path(folder).glob("*.tmp"):  # by a run that was killed
-            with contextlib.suppress(OSError):
-                left.unlink()
-    else:
-        path = f"{folder}/config.json"
+    path = f"{folder}/config.json"
+    if not c.resume:
         demand(not os.path.exists(path), f"{folder} holds another run: give a new --out or {again}")
         write_atomic(path, to_json(vars(c) | dict(command=command, version=VERSION)).encode())
-    try:
-        yield folder
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; make room, then {again}") from error
+    with open(path) as file:
+        demand(alone_with(file), f"another process is at work in {folder}")
+        try:
+            for left in pathlib.Path(c.resume).glob("*.tmp") if c.resume else ():  # by a killed run
+                left.unlink(missing_ok=True)
+            yield folder
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; make room, then {again}") from error
 
 def resumed(given, command):
     """The settings of the run in the folder given["resume"], which no other flag may contradict."""

@@ -3245,6 +3245,16 @@ def test_torture_killed_runs_go_on_to_the_same_student(folder, capsys):
     CLOSING.append(f"{kills} kills ({inside} inside a run), {same} identical students")
     assert same == kills
 
+def test_a_folder_has_one_run_at_work(folder, capsys):
+    pytest.importorskip("fcntl")
+    assert distil(capsys, "--out", "one")[0] == 0
+    with stars.run_folder(stars.Config(resume="one"), "distill", "one"):
+        Path("one/student.npz.tmp").write_bytes(b"of the run at work")
+        code, _, err = run(capsys, "--resume", "one")
+        assert code == 1 and err == "stars.py: another process is at work in one\n"
+        assert Path("one/student.npz.tmp").exists()
+    assert run(capsys, "--resume", "one")[0] == 0 and not Path("one/student.npz.tmp").exists()
+
 def test_ctrl_c_ends_with_the_command_that_goes_on(folder, capsys):
     process = start(*SMALL, "--out", "a folder", preexec_fn=lambda: signal.signal(
         signal.SIGINT, signal.SIG_DFL))  # a shell makes a job in the background ignore it
