@@ -179,7 +179,7 @@ def global_average_pool(x):
 
 def _quarters(x):
     """The four views (N, H/2, W/2, C) of x that hold the pixels of each 2x2 window, row by row."""
-    require(x.shape[1] % 2 == x.shape[2] % 2 == 0, f"x must have even height and width, {x.shape}")
+    require(x.shape[1] % 2 == x.shape[2] % 2 == 0, f"x must have even height and width, has {x.shape}")
     return [x[:, i::2, j::2] for i, j in np.ndindex(2, 2)]
 
 def max_pool(x):
@@ -278,6 +278,7 @@ class Neuron:
 
     def __post_init__(self):
         require(self.reset in ("hard", "soft"), f"reset must be hard or soft, not {self.reset!r}")
+        require(0 <= self.lam <= 1, f"lam must be 0 to 1, not {self.lam}")
         require(self.surrogate in SURROGATES,
                 f"surrogate must be one of {', '.join(SURROGATES)}, not {self.surrogate!r}")
 
@@ -300,7 +301,7 @@ def lif(current, T, v_th=1.0, amplitude=1.0, neuron=Neuron(), spike=None):
         membrane[t], spikes[t] = u, s
     def back(dz):
         dz, dcurrent = dz.reshape(membrane.shape), xp.empty_like(membrane)
-        dkept = 0.0  # gradient of what step t + 1 receives of the membrane after reset, times lam
+        dkept = 0.0  # the gradient on reset(u_t): lam times that on u_{t+1}
         for t in reversed(range(T)):
             u, s = membrane[t], spikes[t]
             ds = A * dz[t]
@@ -351,15 +352,18 @@ def norm_activation(a, gamma, beta, mean, var, activation=relu, T=1, v_th=1.0, a
     return (z, running), back
 
 def batch_norms(params):
-    """The names of the batch norms with running statistics, from the input to the output."""
+    """The names of the batch norms with running statistics, from the input to the output; that of
+    a shortcut after the others of its block."""
     def depth(name):
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     return sorted((k[:-13] for k in params if k.endswith(".running_mean")), key=depth)
 
-def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=None):
-    """activation(batch_norm(conv2d(x)) + shortcut), by names.   back: dz -> dx (, dshortcut)."""
-    p, T, activation = run.params, 1 if activation else run.T, activation or run.activation
-    w, need = p[conv + ".weight"], run.need and run.need + "x" * (not first)
+def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, fires=True):
+    """activation(batch_norm(conv2d(x)) + shortcut), by names; if it does not fire, without
+    activation.   back: dz -> dx (, dshortcut)."""
+    activation, T = (run.activation, run.T) if fires else (identity, 1)
+    p, need = run.params, run.need and run.need + "x" * (not first)
+    w = p[conv + ".weight"]
     a, conv_back = conv2d(x, w, stride, need)  # the gradient passes through all but the first
     tap_back = run.tap and run.tap(norm, a)
     (z, running), norm_back = norm_activation(
@@ -368,7 +372,7 @@ def _layer(run, conv, norm, x, stride=1, first=False, shortcut=None, activation=
         run.train, run.need)
     if run.train:
         run.running[norm + ".running_mean"], run.running[norm + ".running_var"] = running
-    watched = run.watch and activation is run.activation and run.watch(norm, z)
+    watched = run.watch and fires and run.watch(norm, z)
     if run.measure:
         macs, spikes = a[0, ..., 0].size * w.size, isinstance(run.activation, Neuron) and not first
         run.costs.append((conv, macs, macs * float((x != 0).mean()) if spikes else None))
@@ -390,11 +394,11 @@ def _residual_block(run, name, x, stride):
     z, back1 = _layer(run, name + ".conv1", name + ".bn1", x, stride)
     if name + ".shortcut.0.weight" in run.params:
         kept, shortcut_back = _layer(run, name + ".shortcut.0", name + ".shortcut.1", x, stride,
-                                     activation=identity)
+                                     fires=False)
     else:
         same = stride == 1 and x.shape[3] == channels
         kept, shortcut_back = identity(x) if same else shortcut_a(x, channels)
-        if run.measure:  # no multiplication, and one accumulate for each spike that is added
+        if run.measure and isinstance(run.activation, Neuron):  # an accumulate for each spike
             run.costs.append((name + ".shortcut", 0, float((kept != 0).sum()) / len(kept)))
     y, back2 = _layer(run, name + ".conv2", name + ".bn2", z, 1, shortcut=kept)
     def back(dy):
@@ -434,9 +438,9 @@ def resnet(params, x, activation=relu, T=1, **mode):
     """A ResNet of basic blocks (He et al. 2016), its shape read off the names in params.
     x (N, H, W, 3), normalised. activation: relu, a Neuron (T steps, each driven by the image
     through the first convolution) or a function x -> (y, back). mode: train; need; tap(layer, a),
-    called with the input a of each batch norm: None, or da -> da with its gradient added;
-    watch(layer, z), with the output z of each activation: None, or () -> None or its gradient on z,
-    the same (N, ...) at every step; measure, to fill rates and costs.
+    called with the name and the input a of each batch norm: None, or da -> da with its gradient
+    added; watch(layer, z), with the output z of the activation after it: None, or () -> None or its
+    gradient on z, the same (N, ...) at every step; measure, to fill rates and costs.
     Value: Output.   back: dlogits (N, K), dfeatures (N, D) or None -> dx, {name: gradient}."""
     def body(run, add):
         z = add(*_layer(run, "conv1", "bn1", x, first=True))
@@ -464,8 +468,13 @@ def forward(net, x, **mode):
     family = vgg if "classifier.weight" in net.params else resnet
     return family(net.params, x, net.activation, net.T, **mode)
 
+def same_normalisation(teacher, student):
+    require(np.allclose((teacher.mean, teacher.std), (student.mean, student.std)),
+            "student must have the mean and std of the teacher")
+
 def generator(params, z, need="p", activation=leaky_relu):
-    """Images from latents: linear, twice (upsample, convolve), convolve, sigmoid.
+    """Images from latents: linear, BN, twice (upsample, convolve, BN, leaky ReLU), convolve,
+    sigmoid.
     z (N, Z): noise; with one-hot labels beside it, class-conditional. Batch norms in train mode.
     Value: images (N, S, S, 3) in [0, 1].   back: dimages -> dz, {name: gradient}."""
     p, grads, backs = params, {}, []
@@ -502,7 +511,8 @@ def generator(params, z, need="p", activation=leaky_relu):
 E_MAC, E_AC = 4.6e-12, 0.9e-12  # joules a float32 multiply-add, add: 45 nm (Horowitz 2014)
 
 def energy(costs, T):
-    """Joules per image, (spiking, ANN), from Output.costs; updates of the neurons left out."""
+    """Joules per image, (spiking, ANN), from Output.costs. Updates of the neurons are left out, as
+    are the residual additions of an ANN. The last layer's input is an average: E_MAC, once."""
     require(costs, "costs must come from a network that ran with measure=True")
     spiking = sum(E_MAC * macs if accumulates is None else E_AC * accumulates * T
                   for _, macs, accumulates in costs)  # Eq. (11)
@@ -573,15 +583,16 @@ class Tail:
     """The targets of Eq. (8): a normal law, one class in K of it shifted up; mean 0, variance 1."""
     kappa: tuple = (1, 2, 3)     # thresholds, in standard deviations above the mean
     tau: float = 0.25            # softness of the exceedance, in the same unit
-    shift: tuple = (0.0, 3.0)    # of the class, at the first layer and at the last, linear between
+    shift: tuple = (0.0, 3.0)    # d, of the class: at the first batch norm, at the last; linear
 
     @functools.lru_cache
     def targets(self, layers, classes):
-        """pi (layers, kappas) = E sigmoid((xi - kappa)/tau), layers from input to output."""
-        p, shift = 1 / classes, np.linspace(*self.shift, layers)[:, None]
-        sd, xi = np.sqrt(1 + p * (1 - p) * shift ** 2), np.linspace(-40, 40, 80001)
-        density = ((1 - p) * np.exp(-0.5 * (xi * sd + p * shift) ** 2) +
-                   p * np.exp(-0.5 * (xi * sd - (1 - p) * shift) ** 2))
+        """pi (layers, kappas) = E sigmoid((xi - kappa)/tau), layers in the order of batch_norms,
+        xi = (v - E v)/sd, v ~ (1 - p) N(0, 1) + p N(d, 1), p = 1/classes."""
+        p, d = 1 / classes, np.linspace(*self.shift, layers)[:, None]
+        sd, xi = np.sqrt(1 + p * (1 - p) * d ** 2), np.linspace(-40, 40, 80001)
+        v = xi * sd + p * d
+        density = (1 - p) * np.exp(-0.5 * v ** 2) + p * np.exp(-0.5 * (v - d) ** 2)
         soft = 0.5 + 0.5 * np.tanh((xi - np.array(self.kappa)[:, None]) / (2 * self.tau))
         pi = density @ soft.T / density.sum(1, keepdims=True)
         pi.flags.writeable = False  # the cache gives it to all
@@ -599,12 +610,12 @@ def tar(a, gamma, mean, var, pi, kappa=(1, 2, 3), tau=0.25, eps=1e-5):
     loss, terms = 0.0, []
     for k, target in zip(kappa, map(float, pi)):
         soft = sigmoid((h - k) / tau)[0]
-        d = channel_mean(soft) - target
-        scale = 1 / (target * (1 - target) * d.size * len(kappa))
-        loss = loss + (d ** 2).sum() * scale  # Eq. (8)
-        terms.append((soft, 2 * d * scale))
+        gap = channel_mean(soft) - target
+        weight = 1 / (target * (1 - target) * gap.size * len(kappa))
+        loss = loss + (gap ** 2).sum() * weight  # Eq. (8)
+        terms.append((soft, 2 * gap * weight))
     def back(dloss=1.0):
-        dh = sum(soft * (1 - soft) * d for soft, d in terms)
+        dh = sum(soft * (1 - soft) * dgap for soft, dgap in terms)
         return dh * (slope * (dloss / (tau * count)))
     return loss, back
 
@@ -648,10 +659,12 @@ def synthesis_loss(x, teacher, student=None, weights=Weights(), labels=None, tai
             back = lambda da: da + bn_back(weights.bn) + tar_back(weights.tar * share)
         found.append(losses)
         return back
+    if student is not None:
+        same_normalisation(teacher, student)
     normal, normal_back = normalise(x, teacher.mean, teacher.std)
     t, t_back = forward(teacher, normal, tap=tap if weights.bn or weights.tar else None, need="x")
     if found:
-        parts["bn"], parts["tar"] = sum(found)
+        parts["bn"], parts["tar"] = sum(found)  # over the layers
     dt, dt_features, dx = xp.zeros_like(t.logits), None, 0
     if weights.oh:
         parts["oh"], back = class_prior(t.logits, labels)
@@ -681,7 +694,7 @@ def distillation_loss(t, s, tau=4.0):
     p_t = xp.exp(log_t)
     def back(dloss=1.0):
         return (xp.exp(log_s) - p_t) * (dloss * tau / len(t))
-    return tau ** 2 * (p_t * (log_t - log_s)).sum() / len(t), back  # Eq. (10)
+    return tau ** 2 * (p_t * (log_t - log_s)).sum() / len(t), back  # L_kd of Eq. (10)
 
 def rate_matching(z, y, T, v_th, amplitude=1.0):
     """A layer of Eq. (12): mean over neurons and images of (z / A averaged over T - clip(y / V))^2.
@@ -702,11 +715,11 @@ def rate_mapping(z, y, T, v_th, amplitude=1.0, ridge=1e-3):
     without gradient for silent channels, with little where N H W is not far above C."""
     rate = mean_over_time(z, T)[0]
     expect("y", y, *rate.shape[:3], None)
-    r, goal = (v.reshape(-1, v.shape[-1]) for v in (rate, xp.clip(y * (1 / v_th), 0, 1)))
-    r, goal = (r - r.mean(0)) * (1 / float(amplitude)), goal - goal.mean(0)  # which finds b
-    gram, moment = (to_host(r.T @ v / len(r)).astype(np.float64) for v in (r, goal))
-    P = xp.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), moment), r.dtype)
-    gap = r @ P - goal
+    R, Y = (v.reshape(-1, v.shape[-1]) for v in (rate, xp.clip(y * (1 / v_th), 0, 1)))
+    R, Y = (R - R.mean(0)) * (1 / float(amplitude)), Y - Y.mean(0)  # b makes the means equal
+    RR, RY = (to_host(R.T @ v / len(R)).astype(np.float64) for v in (R, Y))
+    P = xp.asarray(np.linalg.solve(RR + ridge * np.eye(len(RR)), RY), R.dtype)
+    gap = R @ P - Y
     def back(dloss=1.0):  # P is the best, so that to change it would change nothing
         dr = gap @ P.T * (2 * dloss / (gap.size * T * float(amplitude)))
         return dr.reshape(rate.shape)
@@ -1120,7 +1133,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 10  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 11  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1210,41 +1223,42 @@ def synthesis_step(params, state, z, labels, augmentation, teacher, student, wei
     adam(params, images_back(augment_back(dx))[1], state, lr, betas=(0.5, 0.999))
     return images, parts
 
-def train_step(net, state, x, criterion, lr, weight_decay, watch=None):
-    """One SGD step, in place. x: images in [0, 1]; criterion: Output -> pairs (loss, back), the
-    first of its logits, one more, if any, of its features.   -> the losses"""
-    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, watch=watch, need="p")
-    losses, backs = zip(*criterion(out))
-    grads = back(*(loss_back() for loss_back in backs))[1]
+def update(net, state, grads, running, lr, weight_decay):
+    """One SGD step on all parameters of net that have a gradient, in place, and new statistics."""
     sgd(net.params, grads, state, lr, nesterov=True, weight_decay=weight_decay)
-    net.params.update(out.running)
-    return losses
+    net.params.update(running)
 
 def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, w_rate, thresholds):
-    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds: V of each
-    layer of the teacher that Eq. (12) may match.   -> the losses of (10)"""
-    outputs, fired, backs, rates = {}, {}, {}, []
-    t = forward(teacher, normalise(x, teacher.mean, teacher.std)[0], need="",
-                watch=outputs.__setitem__ if w_rate else None)[0]
+    """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds {layer: V}:
+    the layers of the teacher that Eq. (12) may match.   -> the losses kd, rca and rate, not
+    weighted, 0.0 where the weight is 0, and "total"."""
+    same_normalisation(teacher, student)
+    outputs, fired, backs, matches, relations, dfeatures = {}, {}, {}, [], 0.0, None
+    normal = normalise(x, teacher.mean, teacher.std)[0]
+    t = forward(teacher, normal, need="", watch=outputs.__setitem__ if w_rate else None)[0]
     def watch(layer, z):
         fired[layer] = z
-        return lambda: backs.pop(layer)(w_rate / len(rates)) if layer in backs else None
-    def criterion(s):
-        same, mapped = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
-        for layer, its in (same | mapped).items():
-            z, y = fired.pop(layer), outputs.pop(its)
-            match = fast_rate_matching if fast(z) else rate_matching
-            match = rate_mapping if layer in mapped else match
-            loss, backs[layer] = match(z, y, student.T, thresholds[its],
-                                       student.params.get(layer + ".amplitude", 1.0))
-            rates.append(loss)
-        fired.clear()
-        outputs.clear()
-        relations, back = rca(t.features, s.features)
-        yield distillation_loss(t.logits, s.logits, tau)
-        yield w_rca * relations, lambda: back(w_rca)[1]
-    losses = train_step(student, state, x, criterion, lr, weight_decay, w_rate and watch)
-    return *losses, w_rate * sum(rates) / max(1, len(rates))
+        return lambda: backs.pop(layer)(w_rate / matched) if layer in backs else None
+    s, back = forward(student, normal, train=True, watch=w_rate and watch, need="p")
+    same, mapped = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
+    matched = max(1, len(same) + len(mapped))
+    for layer, its in (same | mapped).items():
+        z, y = fired.pop(layer), outputs.pop(its)
+        match = fast_rate_matching if fast(z) else rate_matching
+        match = rate_mapping if layer in mapped else match
+        loss, backs[layer] = match(z, y, student.T, thresholds[its],
+                                   student.params.get(layer + ".amplitude", 1.0))
+        matches.append(loss)
+    fired.clear()
+    outputs.clear()
+    rate = sum(matches) / matched
+    kd, kd_back = distillation_loss(t.logits, s.logits, tau)
+    if w_rca:
+        relations, rca_back = rca(t.features, s.features)
+        dfeatures = rca_back(w_rca)[1]
+    total = kd + w_rca * relations + w_rate * rate  # Eq. (10)
+    update(student, state, back(kd_back(), dfeatures)[1], s.running, lr, weight_decay)
+    return dict(kd=kd, rca=relations, rate=rate, total=total)
 
 def crops(rng, x):
     """uint8 images on the host -> float32 images in [0, 1] on the device, shifted and flipped."""
@@ -1351,9 +1365,9 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
             i = (rng.integers(ripe, len(images), c.distill_batch),
                  rng.integers(held, c.batch, c.distill_batch))
             lr = cosine((epoch - c.warm_up) * c.distill_steps + step, steps, c.lr, steps // 20)
-            yield "distillation", dict(zip(("kd", "rkd", "rate"), distillation_step(
-                student, groups["sgd"], crops(rng, images[i]), teacher, c.tau_kd, lr,
-                c.weight_decay, both.rca, c.w_rate, V)))
+            losses = distillation_step(student, groups["sgd"], crops(rng, images[i]), teacher,
+                                       c.tau_kd, lr, c.weight_decay, both.rca, c.w_rate, V)
+            yield "distillation", {f"student_{k}": loss for k, loss in losses.items()}
         found = {}
         with contextlib.suppress(UserError):  # each_epoch says better what is not finite
             found = {} if warm else agreement(images[-32:])
@@ -1375,8 +1389,11 @@ def train(c, net, x, y, folder):
         order = rng.permutation(len(x))[:steps * c.batch].reshape(steps, c.batch)
         for step, i in enumerate(order, epoch * steps):
             lr = cosine(step, c.epochs * steps, c.lr, min(steps, 400))
-            yield "step", dict(loss=train_step(net, groups["sgd"], crops(rng, x[i]), lambda out: [
-                class_prior(out.logits, y[i])], lr, c.weight_decay)[0])
+            normal = normalise(crops(rng, x[i]), net.mean, net.std)[0]
+            out, back = forward(net, normal, train=True, need="p")
+            loss, loss_back = class_prior(out.logits, y[i])
+            update(net, groups["sgd"], back(loss_back())[1], out.running, lr, c.weight_decay)
+            yield "step", dict(loss=loss)
     each_epoch(c, folder, groups, rng, (x, y), [dict(step=steps)] * c.epochs, work, dict(step=1))
 
 def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
@@ -1492,8 +1509,8 @@ def linux_says(key):
 def macs(net, size):
     """Multiply-adds of the network for an image of size x size, forward, over its time steps."""
     x = xp.zeros((1, size, size, 3), np.float32)
-    first, *others = (n for _, n, _ in forward(net, x, need="", measure=True)[0].costs)
-    return first + net.T * sum(others)
+    first, *others, last = (n for _, n, _ in forward(net, x, need="", measure=True)[0].costs)
+    return first + net.T * sum(others) + last
 
 # ---- 11  Command line ----------------------------------------------------------------------------
 
@@ -1519,7 +1536,7 @@ def load_net(c, path):
             require(fit, f"its {part} is {','.join(map(str, value)) or 'not known'}")
             constants.append(tuple(value))
         T, neuron = info.get("T", 1), Neuron(**info.get("neuron", {}))
-        require(T in range(1, 1001) and np.isfinite(neuron.lam + neuron.v_init), f"{neuron}, T {T}")
+        require(T in range(1, 1001) and np.isfinite(neuron.v_init), f"{neuron}, T {T}")
         numbers = [v for v in params.values() if type(v) is float]  # V and A
         require("neuron" in info or not numbers, "an ANN has no v_th")
         require(min(numbers, default=1) > 0, "a v_th or amplitude is not positive")
