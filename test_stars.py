@@ -2570,11 +2570,11 @@ def test_logits_that_are_not_finite_have_no_accuracy():
     refused("logits are not finite", stars.evaluate, net, x, np.zeros(2, int))
 
 def test_shapes_are_repeatable_balanced_and_not_linear():
-    x, y = stars.draw_shapes(4000, 0)
-    again, labels = stars.draw_shapes(4000, 0)
+    (x, y), (again, labels) = stars.draw_shapes(3000, 0), stars.draw_shapes(3000, 0)
+    assert (stars.draw_shapes(100, 1)[0] != x[:100]).any()
     held, truth = stars.load_dataset("shapes", "test", "nowhere")
     assert (x == again).all() and (y == labels).all() and (x.dtype, y.dtype) == ("u1", "i8")
-    assert x.shape[1:] == (32, 32, 3) and np.bincount(y).min() > 340 and len(held) == 2000
+    assert x.shape[1:] == (32, 32, 3) and np.bincount(y).min() > 250 and len(held) == 2000
     assert not (held[:100] == x[:100]).all((1, 2, 3)).any()
     known = stars.DATASETS["shapes"]
     assert np.allclose(x.mean((0, 1, 2)) / 255, known.mean, atol=.02)
@@ -3596,11 +3596,6 @@ def test_bench_counts_operations_and_bytes():
     assert macs["teacher_forward_s"] == pytest.approx(before)
     assert macs["distill_step_s"] == pytest.approx(before + 3 * spiking)
     assert macs["synthesis_step_s"] == pytest.approx(2 * before + 2 * spiking + 3 * generator)
-
-def test_shapes_are_ten_balanced_classes_that_depend_on_the_seed():
-    x, y = stars.draw_shapes(500, 0)
-    assert x.shape == (500, 32, 32, 3) and x.dtype == np.uint8 and set(y) == set(range(10))
-    assert (stars.draw_shapes(500, 0)[0] == x).all() and (stars.draw_shapes(500, 1)[0] != x).any()
 
 def test_what_is_shipped_is_what_its_sums_say():
     folder = Path(stars.__file__).parent / "data"
