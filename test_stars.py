@@ -2570,12 +2570,11 @@ def test_logits_that_are_not_finite_have_no_accuracy():
     refused("logits are not finite", stars.evaluate, net, x, np.zeros(2, int))
 
 def test_shapes_are_repeatable_balanced_and_not_linear():
-    (x, y), (again, labels) = stars.draw_shapes(3000, 0), stars.draw_shapes(3000, 0)
-    assert (stars.draw_shapes(100, 1)[0] != x[:100]).any()
+    (x, y), (again, labels) = stars.draw_shapes(2000, 0), stars.draw_shapes(2000, 0)
     held, truth = stars.load_dataset("shapes", "test", "nowhere")
     assert (x == again).all() and (y == labels).all() and (x.dtype, y.dtype) == ("u1", "i8")
-    assert x.shape[1:] == (32, 32, 3) and np.bincount(y).min() > 250 and len(held) == 2000
-    assert not (held[:100] == x[:100]).all((1, 2, 3)).any()
+    assert x.shape[1:] == (32, 32, 3) and np.bincount(y).min() > 160 and held.shape == x.shape
+    assert not (held == x).all((1, 2, 3)).any()
     known = stars.DATASETS["shapes"]
     assert np.allclose(x.mean((0, 1, 2)) / 255, known.mean, atol=.02)
     assert np.allclose(x.std((0, 1, 2)) / 255, known.std, atol=.02)
@@ -3184,6 +3183,7 @@ def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monke
     pool, seen = pool_of(folder / "run"), {image.tobytes() for image in seen}
     used = [[image.tobytes() in seen for image in batch] for batch in pool]
     assert not np.any(used[:2]) and np.all(np.any(used[2:], 1))  # 2 batches an epoch
+    assert not np.any(used, 0)[0]  # the first of each batch is held out
     assert np.array_equal(measured[-1], pool_of(folder / "run")[2:, 0])
 
 def test_a_student_is_as_wide_as_the_teacher_unless_told(folder, capsys):
