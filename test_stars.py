@@ -16,7 +16,6 @@ import contextlib
 import copy
 import ctypes
 import functools
-import gzip
 import hashlib
 import http.server
 import importlib.util
@@ -2441,40 +2440,18 @@ def test_a_damaged_folder_of_cifar_is_refused(small, tmp_path):
     (tmp_path / name).mkdir()
     refused("s a directory", stars.load_dataset, "cifar10", "test", str(tmp_path))
 
-def hostile_archives(name, data):
-    """Archives that lead out of their folder, hold a member twice, or make tarfile go in circles,
-    grow or read for ever; and cut ones."""
-    member = tarfile.TarInfo(name)
-    yield from (gzip.compress(bytes(block)) for block in (b"", bytes(1024)))
-    for members in ([("../" + name, data)], [("/" + name, data)], [(name, data)] * 2,
-                    [(name, data[:-1])]):
-        with tempfile.TemporaryDirectory() as root:
-            yield write_tar(Path(root), "cifar10", members).read_bytes()
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
-        member.type, member.linkname = kind, "/etc/passwd"
-        yield gzip.compress(member.tobuf() + bytes(1024))
-    for kind in (b"0", b"x", b"g", b"L", b"K", b"S", b"2", b"Z"):  # sizes of -512
-        block = bytearray(tarfile.TarInfo("a").tobuf())
-        block[156:157], block[124:136] = kind, b"\xff" * 10 + struct.pack(">h", -512)
-        block[148:156] = b" " * 8
-        block[148:156] = b"%06o\0 " % sum(block)
-        yield gzip.compress(bytes(block) + bytes(2048))
-    zeros = zlib.compressobj(1, wbits=31)  # a header of 8 GiB, of which 128 MiB are there
-    member.size, member.type = 1 << 33, tarfile.XHDTYPE
-    pieces = [member.tobuf(), *[bytes(1 << 20)] * 128]
-    yield b"".join(map(zeros.compress, pieces)) + zeros.flush()
-
 def test_an_archive_that_is_not_the_published_one_is_not_opened(small, tmp_path):
-    name = "cifar-10-batches-bin/test_batch.bin"
-    files, _ = cifar_files("cifar10")
-    path = write_tar(tmp_path, "cifar10", files.items())
+    path = write_tar(tmp_path, "cifar10", cifar_files("cifar10")[0].items())
     small("cifar10", path)
     whole = path.read_bytes()
     flipped = whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]
     load = lambda: refused("not the file that was published): delete it and add --download",
                            stars.load_dataset, "cifar10", "test", str(tmp_path))
+    zeros, header = zlib.compressobj(1, wbits=31), tarfile.TarInfo("a")
+    header.size, header.type = 1 << 33, tarfile.XHDTYPE  # of 8 GiB, of which 128 MiB are there
+    pieces = map(zeros.compress, [header.tobuf(), *[bytes(1 << 20)] * 128])
     for wrong in (*(whole[:cut] for cut in (0, 1, 10, 100, len(whole) - 1)), whole + b"0", flipped,
-                  b"<html></html>", *hostile_archives(name, files[name])):
+                  b"<html></html>", b"".join(pieces) + zeros.flush()):
         path.write_bytes(wrong)
         assert peak_memory(load) < 2 * len(wrong) + 10 ** 6
     with open(path, "ab") as file:
