@@ -1765,27 +1765,6 @@ def parallel_covers_its_range_in_order(S):
 def in_float32(a):
     return a.astype("f4") if isinstance(a, np.ndarray) else a
 
-def test_fast_paths_do_not_depend_on_the_number_of_threads(monkeypatch):
-    x, w = normal(0, (7, 8, 8, 4), (5, 4, 3, 3))
-    cases = [case for case, _ in norm_cases(stars)][::9]
-    def everything():
-        for stride, kernel in ((1, w), (2, w), (1, w[:, :, :1, :1])):
-            y, back = stars.fast_conv2d(*map(in_float32, (x, kernel)), stride, chunk=2)
-            yield from (y, *back(y))
-        for args in cases:
-            (z, running), back = stars.fast_norm_activation(*map(in_float32, args), chunk=1)
-            yield from (z, *running, *back(z))
-        vectors = [in_float32(v) for v in (w[0, :, 0, 0], w[1, :, 0, 0], 1 + w[2, :, 0, 0] ** 2)]
-        losses, back = stars.fast_tap(in_float32(x), *vectors, (.2, .1, .02), 1., 9., .7,
-                                      stars.Tail(), chunk=2)
-        yield from (*losses, back(in_float32(x)), *stars.moments(in_float32(x), 3))
-    monkeypatch.setattr(stars, "THREADS", 1)
-    alone = list(everything())
-    for threads in (2, 3):
-        monkeypatch.setattr(stars, "THREADS", threads)
-        for a, b in zip(everything(), alone, strict=True):
-            assert a is b is None or (np.asarray(a) == b).all()
-
 def test_what_a_worker_raises_is_raised(monkeypatch):
     monkeypatch.setattr(stars, "THREADS", 2)
     both = threading.Barrier(2)
@@ -3772,17 +3751,6 @@ def peer_rca(f_t, f_s):  # Eq. (7)
     off_diagonal = 1 - torch.eye(n, dtype=f_t.dtype, device=f_t.device)
     return ((peer_cosines(f_t) - peer_cosines(f_s)).square() * off_diagonal).sum() / (n * (n - 1))
 
-def peer_tail_target(kappa, tau, classes, shift):
-    """pi_k = E sigmoid((xi - kappa_k)/tau), by quadrature. xi: two normals of sd 1, one in
-    `classes` drawn from the one `shift` above, normalised to mean 0 and variance 1."""
-    node, weight = np.polynomial.legendre.leggauss(400)  # on [-40, 0] and [0, 40]
-    xi, weight = np.r_[20 * node - 20, 20 * node + 20], np.r_[20 * weight, 20 * weight]
-    q = 1 / classes
-    density = ((1 - q) * np.exp(-.5 * xi ** 2) + q * np.exp(-.5 * (xi - shift) ** 2)) / (
-        math.sqrt(2 * math.pi))
-    xi = (xi - q * shift) / math.sqrt(1 + shift ** 2 * q * (1 - q))
-    return 1 / (1 + np.exp((np.array(kappa)[:, None] - xi) / tau)) @ (density * weight)
-
 def peer_tar(taps, pi, kappa, tau):  # Eq. (8)
     """pi: (L, K).  The mean runs over all (l, c, k): a wide layer counts for more."""
     terms, pi = [], torch.as_tensor(pi).to(taps[0][0])
@@ -3886,27 +3854,6 @@ def assert_agree(ours, theirs, tol=1e-9):
         assert_close(ours[name], other, tol)
 
 @needs_torch
-@pytest.mark.parametrize("family", FAMILIES)
-def test_peer_networks_agree(family):
-    x = images_of(family, 4)
-    for neuron, train in itertools.product((STUDENTS[0], STUDENTS[9]), (False, True)):
-        teacher, student, *peers = peer_pair(family, neuron)
-        for net, peer in zip((teacher, student), peers):
-            out, back = stars.forward(net, stars.normalise(x, net.mean, net.std)[0], train=train)
-            params, leaves_ = peer_leaves(peer.params)
-            image = peer_normalise(peer_images(x), net).requires_grad_()
-            logits, features, running = peer_forward(peer._replace(params=params), image, train)
-            dlogits, dfeatures = normal(7, out.logits.shape, out.features.shape)
-            loss = (logits * peer_tensor(dlogits)).sum() + (features * peer_tensor(dfeatures)).sum()
-            dx, *grads = torch.autograd.grad(loss, [image, *leaves_.values()])
-            assert_agree(out.logits, logits)
-            assert_agree(out.features, features)
-            assert_agree({**out.running, "T": net.T}, {**running, "T": net.T})
-            our_dx, our_grads = back(dlogits, dfeatures)
-            assert_agree(our_dx, dx)
-            assert_agree(our_grads, dict(zip(leaves_, grads)))
-
-@needs_torch
 @pytest.mark.parametrize("shift", ((0, 0), (0, 2.5), (3, 1)))
 def test_peer_synthesis_losses_agree(shift):
     """Every part of Eq. (9), alone and together, and dL/dx, for each family."""
@@ -3924,13 +3871,6 @@ def test_peer_synthesis_losses_agree(shift):
                                          y=None if labels is None else torch.tensor(labels))
             assert_agree({k: parts[k] for k in theirs}, theirs)
             assert_agree(dx, torch.autograd.grad(theirs["total"], image)[0])
-
-@needs_torch
-def test_peer_tail_targets_agree():
-    kappa, tau = (0.5, 1, 2.5), 0.3
-    for classes, shift in ((10, (0.0, 3.0)), (100, (2.0, 1.0))):
-        ours = stars.Tail(kappa, tau, shift).targets(2, classes)
-        assert_close(ours, [peer_tail_target(kappa, tau, classes, s) for s in shift], 1e-9)
 
 @needs_torch
 @pytest.mark.parametrize("classes", (0, 3))
