@@ -1308,10 +1308,6 @@ def test_the_gpu_is_taken_only_where_a_kernel_runs(monkeypatch):
     module = fake_cupy(monkeypatch)
     assert stars.use_device("auto") == stars.use_device() == "gpu" and stars.xp is module
     assert stars.use_device("cpu") == "cpu" and stars.xp is np
-    def broken(*_, **__):
-        raise OSError("no driver")
-    fake_cupy(monkeypatch, broken)
-    assert stars.use_device("auto") == "cpu" and stars.xp is np
 
 @pytest.mark.parametrize("installed", (False, True))
 def test_no_gpu_is_one_sentence(monkeypatch, installed):
@@ -2562,8 +2558,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(length))
         self.end_headers()
         pieces = {"loop": [], "once": [], "cut": [BODY[:99_999]], "wrong": [BODY[:-1] + b"!"],
-                  "stalls": [BODY[:99_999], 1], "waits": [BODY[:99_999], 5],
-                  "endless": [BODY] * 100}.get(kind, [BODY])
+                  "stalls": [BODY[:99_999], 1], "endless": [BODY] * 100}.get(kind, [BODY])
         with contextlib.suppress(OSError):
             for piece in pieces:
                 self.wfile.write(piece) if isinstance(piece, bytes) else time.sleep(piece)
@@ -2579,7 +2574,11 @@ def test_downloads_are_whole_or_leave_what_was_there(server, tmp_path):
     for kind, announced in (("good", len(BODY)), ("none", 0), ("once", len(BODY)),
                             ("short", len(BODY) + 5)):  # the MD5 decides
         seen, path = [], tmp_path / kind / "file"
-        stars.download(server + kind, MD5, path, 10 ** 6, lambda *numbers: seen.append(numbers))
+        def progress(*numbers):
+            seen.append(numbers)
+            assert os.listdir(tmp_path) == before  # killed now, it would leave nothing
+        before = os.listdir(tmp_path)
+        stars.download(server + kind, MD5, path, 10 ** 6, progress)
         assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
         assert seen[-1] == (len(BODY), announced)
     path.write_bytes(b"old")
@@ -2612,14 +2611,6 @@ def test_two_processes_download_at_once(server, tmp_path):
         assert "UserError" in told[1] or other == "good"
         assert (tmp_path / "file").read_bytes() == BODY and os.listdir(tmp_path) == ["file"]
         (tmp_path / "file").unlink()
-
-def test_a_download_that_is_killed_leaves_nothing(server, tmp_path):
-    code = DOWNLOAD.replace("10 ** 6)", "10 ** 6, lambda *_: print(flush=True))")
-    process = run_python(code, server + "waits", MD5, tmp_path / "file")
-    assert process.stdout.readline() == "\n"  # some bytes have come
-    process.kill()
-    process.communicate()
-    assert os.listdir(tmp_path) == []
 
 @pytest.mark.parametrize("error", (OSError(28, "No space"), KeyboardInterrupt(),
                                    stars.UserError("x")))
@@ -3852,25 +3843,6 @@ def assert_agree(ours, theirs, tol=1e-9):
         if np.ndim(other) == 4 and np.shape(ours[name]) != other.shape:
             other = other.transpose(0, 2, 3, 1)
         assert_close(ours[name], other, tol)
-
-@needs_torch
-@pytest.mark.parametrize("shift", ((0, 0), (0, 2.5), (3, 1)))
-def test_peer_synthesis_losses_agree(shift):
-    """Every part of Eq. (9), alone and together, and dL/dx, for each family."""
-    for i, family in enumerate(FAMILIES):
-        teacher, student, *peers = peer_pair(family, STUDENTS[(4 * i + shift[0]) % 12])
-        x, tail = images_of(family, 6), stars.Tail(tau=0.3, shift=shift)
-        pi = tail.targets(len(stars.batch_norms(teacher.params)), 3)
-        cases = [(stars.Weights(), None), (stars.Weights(2, 3, 5, 7, 11, 13), [0, 2, 1, 1, 0, 2])]
-        for term in TERMS if shift == (0, 0) else ("tar",):
-            cases.append((stars.Weights(**dict.fromkeys(TERMS, 0.0) | {term: 1.0}), None))
-        for weights, labels in cases:
-            parts, dx = stars.synthesis_loss(x, teacher, student, weights, labels, tail)
-            image = peer_images(x).requires_grad_()
-            theirs = peer_synthesis_loss(image, *peers, weights, tail=tail, pi=pi,
-                                         y=None if labels is None else torch.tensor(labels))
-            assert_agree({k: parts[k] for k in theirs}, theirs)
-            assert_agree(dx, torch.autograd.grad(theirs["total"], image)[0])
 
 @needs_torch
 @pytest.mark.parametrize("classes", (0, 3))
