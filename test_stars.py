@@ -2955,13 +2955,27 @@ GIVEN = ["--mean", ".5,.5,.5", "--std", ".2,.2,.2", "--size", "32"]
 TINY = ["--epochs", "2", "--warm-up", "1", "--synthesis-steps", "2", "--distill-steps", "2",
         "--batch", "8", "--generator-width", "4", "--z-dim", "4", "--quiet"]
 
+RUN = ["--dataset", "cifar10", "--teacher", "teacher.npz", *TINY]
+
 def run(capsys, *argv):
     """Exit code of stars.py, its stdout and stderr."""
     code = stars.main([str(a) for a in argv])
     return code, *capsys.readouterr()
 
-def last_json(out):
+def told(capsys, *argv):
+    """What a command that succeeds tells as JSON."""
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
     return json.loads(out.splitlines()[-1])
+
+def rows_of(run_folder):
+    return [json.loads(line) for line in open(f"{run_folder}/metrics.jsonl")]
+
+def put_npz(path, n=20, classes=10):
+    """A data set of n random images, the same to train and to test on -> images."""
+    x, y = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n)
+    np.savez(path, x_train=x, y_train=y % classes, x_test=x, y_test=y % classes)
+    return x
 
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -2975,7 +2989,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 def distil(capsys, *more):
-    return run(capsys, "--dataset", "cifar10", "--teacher", "teacher.npz", *TINY, *more)
+    return run(capsys, *RUN, *more)
 
 def put_cifar10(folder, monkeypatch, n=50):
     """A test set of CIFAR-10's form with n random images in folder/data."""
@@ -2997,7 +3011,7 @@ def test_a_run_keeps_the_arrays_of_the_gpu_apart(folder, monkeypatch, capsys, mo
     rows = []
     for device in ("gpu", "cpu"):
         assert distil(capsys, *more.split(), "--device", device, "--out", device)[0] == 0
-        rows.append(json.loads(Path(device, "metrics.jsonl").read_text().splitlines()[0]))
+        rows.append(rows_of(device)[0])
     assert rows[0].keys() == rows[1].keys() > {"bn", "tar", "grad_bn"}
     for name in rows[0].keys() - {"seconds", "warnings"}:  # in later rows spikes flip
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6), name
@@ -3006,26 +3020,25 @@ def test_a_run_keeps_the_arrays_of_the_gpu_apart(folder, monkeypatch, capsys, mo
 def test_the_student_is_the_same_with_and_without_a_test_set(folder, capsys, monkeypatch):
     monkeypatch.setitem(stars.DATASETS, "cifar10", stars.DATASETS["cifar10"]._replace(
         url="http://127.0.0.1:9/none.tar.gz"))
-    code, out, _ = distil(capsys, "--out", "without", "--download", "--json")
-    row = last_json(out)
-    assert code == 0 and row["accuracy"] is None and 0 <= row["agreement"] <= 1
+    row = told(capsys, *RUN, "--out", "without", "--download")
+    assert row["accuracy"] is None and 0 <= row["agreement"] <= 1
     put_cifar10(folder, monkeypatch)
-    code, out, _ = distil(capsys, "--out", "with", "--json")
-    row = last_json(out)
-    assert code == 0 and 0 <= row["accuracy"] <= 1 and row["n"] == 50
+    row = told(capsys, *RUN, "--out", "with")
+    assert 0 <= row["accuracy"] <= 1 and row["n"] == 50
     assert digest(folder / "with/student.npz") == digest(folder / "without/student.npz")
-    code, out, _ = run(capsys, "eval", "with/student.npz", "--dataset", "cifar10", "--json")
-    assert last_json(out)["accuracy"] == row["accuracy"]
+    again = told(capsys, "eval", "with/student.npz", "--dataset", "cifar10")
+    assert again["accuracy"] == row["accuracy"]
 
 def test_a_run_leaves_its_folder_and_its_json(folder, capsys):
-    code, out, _ = distil(capsys, "--json")
-    row = last_json(out)
+    row = told(capsys, *RUN)
     assert set(row) >= {"accuracy", "agreement", "teacher_accuracy", "seeds", "method", "schedule",
                         "device", "seconds", "student"}
     run_folder = folder / "runs/cifar10-stars-s0"
     for name in ("config.json", "metrics.jsonl", "student.npz", "summary.json", "checkpoint.npz"):
         assert (run_folder / name).stat().st_size
-    assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(rows_of(run_folder)) == 2
+    again = told(capsys, "--resume", run_folder)  # tells the seconds of all epochs
+    assert again["seconds"] == row["seconds"] > 0
     distil(capsys)
     assert (folder / "runs/cifar10-stars-s0-2/student.npz").exists()
 
@@ -3035,8 +3048,7 @@ def test_the_student_has_a_batch_of_its_own(folder, capsys, monkeypatch):
         shapes.append(x.shape), step(student, state, x, *rest))[1])
     assert distil(capsys, "--distill-batch", "4", "--out", "r")[0] == 0
     assert shapes == [(4, 32, 32, 3)] * 2 and len(pool_of(folder / "r")) == 4
-    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
-    assert [row["images_seen"] for row in rows] == [0, 8]
+    assert [row["images_seen"] for row in rows_of("r")] == [0, 8]
     for given, schedule, own in ((dict(init="teacher"), "quick", 64), (dict(batch=8), "quick", 8),
                                  (dict(init="random"), "scratch", 16),
                                  (dict(init="random", batch=8), "scratch", 8),
@@ -3047,9 +3059,9 @@ def test_the_student_has_a_batch_of_its_own(folder, capsys, monkeypatch):
     assert code == 1 and "--distill-batch must be 2 or more" in err
 
 def test_the_table_has_a_row_for_each_method_and_seed(folder, capsys):
-    code, out, _ = distil(capsys, "--method", "all", "--seeds", "2", "--T", "1", "--json")
-    rows = [(row["method"], *row["seeds"]) for row in last_json(out)["rows"]]
-    assert rows == [(m, s) for s in (0, 1) for m in ("bn", "bn+rca", "bn+tar", "stars")]
+    table = told(capsys, *RUN, "--method", "all", "--seeds", "2", "--T", "1")["rows"]
+    assert [(row["method"], *row["seeds"]) for row in table] == [
+        (m, s) for s in (0, 1) for m in ("bn", "bn+rca", "bn+tar", "stars")]
 
 @pytest.fixture
 def ctrl_c():
@@ -3061,25 +3073,20 @@ def ctrl_c():
 def interrupt(*_):
     raise KeyboardInterrupt
 
-def test_a_run_that_is_resumed_tells_all_its_seconds(folder, capsys):
-    first = last_json(distil(capsys, "--out", "a", "--json")[1])["seconds"]
-    assert first > 0 and last_json(run(capsys, "--resume", "a", "--json")[1])["seconds"] == first
-
 @pytest.mark.parametrize("shell, code", [
     ("PYTHONIOENCODING=ascii {} --out 'é dir' --quiet", 0), ("{} --out closed 2>&-", 0),
     ("{} --out closed --quiet >&-", 0), ("{} --out full --json --quiet > /dev/full", 1)])
 def test_what_the_terminal_does_not_take_ends_no_run(folder, shell, code):
     if code and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    command = shlex.join([sys.executable, stars.__file__, "--dataset", "cifar10", "--teacher",
-                          "teacher.npz", *TINY[:-1]])
+    command = shlex.join([sys.executable, stars.__file__, *RUN[:-1]])
     done = subprocess.run(shell.format(command), shell=True, text=True, stderr=subprocess.PIPE)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert len([*folder.glob("*/summary.json")]) == 1 and ("No space" in done.stderr) == code
 
 def test_ctrl_c_in_a_table_says_what_goes_on(folder, capsys, monkeypatch, ctrl_c):
     monkeypatch.setattr(stars, "synthesis_step", interrupt)
-    code, _, err = run(capsys, "--dataset", "cifar10", "--teacher", "teacher.npz", "--method", "all")
+    code, _, err = run(capsys, *RUN[:-1], "--method", "all")
     assert code == 130 and "--resume runs/cifar10-bn-s0 (with this run alone)" in err
     assert "resnet8 -> spiking resnet8" in err.splitlines()[0]  # told before the first step
 
@@ -3089,12 +3096,9 @@ def pool_of(run_folder):
 def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     code, _, err = distil(capsys, "--method", "real", "--out", "with")
     assert code == 1 and "cifar10 is not in data" in err and not Path("with").exists()
-    x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
-    np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    mine = "--dataset", "mine.npz", *GIVEN
-    code, out, _ = distil(capsys, "--method", "real", *mine, "--out", "with", "--json")
-    row = last_json(out)  # no image of the pool is held out
-    assert code == 0 and row["n"] == 20 and row["agreement"] is None
+    x, y, mine = put_npz("mine.npz"), np.arange(20) % 10, ("--dataset", "mine.npz", *GIVEN)
+    row = told(capsys, *RUN, "--method", "real", *mine, "--out", "with")
+    assert row["n"] == 20 and row["agreement"] is None  # no image of the pool is held out
     known = {image.tobytes() for image in x}
     images = {image.tobytes() for batch in pool_of(folder / "with") for image in batch}
     assert images <= known and len(images) > 10
@@ -3102,16 +3106,14 @@ def test_method_real_takes_its_images_from_the_training_set(folder, capsys):
     code, _, err = distil(capsys, "--method", "real", *mine)
     assert code == 1 and "mine.npz cannot be read" in err and "x_train (N,32,32,3)" in err
     np.savez("mine.npz", x_test=x.repeat(2, 1).repeat(2, 2), y_test=y)
-    code, out, err = distil(capsys, "--method", "bn", *mine, "--json")
-    assert code == 0 and last_json(out)["accuracy"] is None
+    assert told(capsys, *RUN, "--method", "bn", *mine)["accuracy"] is None
 
 def test_the_accuracy_that_a_teacher_says_is_of_its_own_data_set(folder, capsys):
     np.savez("mine.npz", x_train=np.zeros((20, 32, 32, 3), np.uint8), y_train=np.arange(20) % 10)
     for known, said in ("mine.npz", 0.5), ("other.npz", None):
         params, info = stars.load_weights("teacher.npz")
         stars.save_weights("teacher.npz", params, info | dict(accuracy=0.5, dataset=known))
-        code, out, err = distil(capsys, "--dataset", "mine.npz", *GIVEN, "--json")
-        assert code == 0 and last_json(out)["teacher_accuracy"] == said
+        assert told(capsys, *RUN, "--dataset", "mine.npz", *GIVEN)["teacher_accuracy"] == said
 
 def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monkeypatch):
     seen, crops = [], stars.crops
@@ -3169,7 +3171,7 @@ def start(*argv, **options):
                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
 
 def small_run(*more):
-    return ["--dataset", "cifar10", "--teacher", "teacher.npz", *TINY, *SMALL, *more]
+    return [*RUN, *SMALL, *more]
 
 @functools.lru_cache(None)
 def undisturbed():
@@ -3205,7 +3207,7 @@ def test_torture_killed_runs_go_on_to_the_same_student(folder, capsys):
         assert run(capsys, *again)[0] == 0
         same += digest(out / "student.npz") == whole
         assert not begun or not [*out.glob("*.tmp")]
-        assert len((out / "metrics.jsonl").read_text().splitlines()) == 8
+        assert len(rows_of(out)) == 8
     CLOSING.append(f"{kills} kills ({inside} inside a run), {same} identical students")
     assert same == kills
 
@@ -3226,7 +3228,7 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(folder):
     process.send_signal(signal.SIGINT)
     err = process.communicate()[1]
     assert process.returncode == 130 and "Traceback" not in err
-    assert len((folder / "a folder/metrics.jsonl").read_text().splitlines()) < 8
+    assert len(rows_of("a folder")) < 8
     command = shlex.split(err.split("to go on: ")[1].strip())
     assert command[0] == "python" and command[2:] == ["distill", "--resume", "a folder"]
     assert subprocess.run([sys.executable, *command[1:]], stdout=subprocess.DEVNULL).returncode == 0
@@ -3309,15 +3311,12 @@ def test_another_number_of_threads_gives_the_same_files(folder, capsys, monkeypa
     assert len({digest(folder / f"{n}/student.npz") for n in "125"}) == 1
 
 def test_a_teacher_is_trained_from_a_file_and_goes_on_where_it_stopped(folder, capsys, monkeypatch):
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 256, (40, 32, 32, 3), np.uint8), np.arange(40) % 2
-    np.savez("set.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    put_npz("set.npz", 40, 2)
     flags = ("teacher", "--dataset", "set.npz", "--arch", "resnet8", "--batch", "8",
              "--epochs", "2", "--width", "6", "--quiet")
-    code, out, _ = run(capsys, *flags, "--out", "a", "--json")
-    path = last_json(out)["teacher"]
+    path = told(capsys, *flags, "--out", "a")["teacher"]
     params, info = stars.load_weights(path)
-    assert code == 0 and info["classes"] == 2 and len(params["conv1.weight"]) == 6
+    assert info["classes"] == 2 and len(params["conv1.weight"]) == 6
     steps, whole_step = itertools.count(1), stars.update
 
     def interrupted_at_the_eighth(*args):
@@ -3327,13 +3326,13 @@ def test_a_teacher_is_trained_from_a_file_and_goes_on_where_it_stopped(folder, c
     with monkeypatch.context() as patch:
         patch.setattr(stars, "update", interrupted_at_the_eighth)
         assert run(capsys, *flags, "--out", "b")[0] == 130
-    code, out, _ = run(capsys, "teacher", "--resume", "b", "--quiet", "--json")
-    assert digest(folder / last_json(out)["teacher"]) == digest(folder / path)
+    again = told(capsys, "teacher", "--resume", "b", "--quiet")["teacher"]
+    assert digest(folder / again) == digest(folder / path)
 
 def test_a_student_needs_no_data_set(folder, capsys, monkeypatch):
     code, out, err = run(capsys, "--dataset", "none", "--teacher", "teacher.npz", *GIVEN,
                          "--size", "64", "--T", "1", *TINY[:-1], "--json")
-    row = last_json(out)
+    row = json.loads(out.splitlines()[-1])
     assert code == 0 and row["accuracy"] is None and 0 <= row["agreement"] <= 1
     assert "no accuracy can be measured: no data set was named" in err
     assert os.path.getsize("runs/none-stars-s0/pool.bin") == 2 * 2 * 8 * 64 * 64 * 3
@@ -3347,9 +3346,8 @@ def test_a_public_checkpoint_evaluates(folder, capsys, monkeypatch):
     params, _ = stars.load_weights("teacher.npz")
     public = {"module." + k.replace("linear", "fc"): v for k, v in params.items()}
     np.savez("public.npz", **public, **{"module.bn1.num_batches_tracked": np.array(7)})
-    flags = ("--dataset", "cifar10", "--arch", "resnet8", "--json")
-    ours, theirs = (run(capsys, "eval", name, *flags) for name in ("teacher.npz", "public.npz"))
-    assert ours[0] == theirs[0] == 0 and last_json(ours[1]) == last_json(theirs[1])
+    flags = ("--dataset", "cifar10", "--arch", "resnet8")
+    assert told(capsys, "eval", "teacher.npz", *flags) == told(capsys, "eval", "public.npz", *flags)
     stars.save_weights("blind.npz", params, dict(arch="resnet8", dataset="none"))
     assert run(capsys, "eval", "blind.npz", *flags)[0] == 0
 
@@ -3466,8 +3464,7 @@ def test_collapse_and_silent_layers_are_noticed(folder, capsys, monkeypatch):
         "layer2.0.bn1.v_th": 1e9})
     code, _, err = distil(capsys, "--out", "a", "--epochs", "4")
     assert code == 0 and err.count("layer2.0.bn1 ever fires") == 1
-    rows = [json.loads(line) for line in open("a/metrics.jsonl")]
-    said = ["no neuron of layer2.0.bn1 ever fires" in str(row["warnings"]) for row in rows]
+    said = ["no neuron of layer2.0.bn1 ever fires" in str(row["warnings"]) for row in rows_of("a")]
     assert said == [False, True, True, True]
 
 @pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 TiB"), MemoryError()])
@@ -3489,22 +3486,21 @@ def test_multiply_adds_are_those_of_the_layers():
 def test_progress_is_told(folder, capsys, monkeypatch):
     clock = itertools.count(0, 3)
     monkeypatch.setattr(stars, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    flags = ["--dataset", "cifar10", "--teacher", "teacher.npz", *TINY[:-1]]
-    _, _, piped = run(capsys, *flags)
+    _, _, piped = run(capsys, *RUN[:-1])
     assert "resnet8 -> spiking resnet8" in piped.splitlines()[0] and "\r" not in piped
     assert re.search(r"epoch 1/2  warm-up 1 of 2, .* s each, [\d.]+ min left\n", piped)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    _, _, seen = run(capsys, *flags)
+    _, _, seen = run(capsys, *RUN[:-1])
     for kind in ("warm-up", "synthesis", "distillation"):
         assert re.search(rf"\r\x1b\[Kepoch \d/2  {kind} 2 of 2, .* s each, .* left(?!\n)", seen)
     assert len(re.findall("epoch ./2 .*agreement.* left\\)\n", seen)) == 1
-    assert "epoch" not in run(capsys, *flags, "--quiet")[2]
+    assert "epoch" not in distil(capsys)[2]
 
 def test_bench_reports_its_keys(capsys):
-    code, out, _ = run(capsys, "bench", "--arch", "resnet8", "--batch", "2", "--T", "1",
-                       "--generator-width", "4", "--z-dim", "4", "--json")
-    assert set(last_json(out)) == {"distill_step_s", "synthesis_step_s", "teacher_forward_s",
-                                   "student_forward_s", "images_per_s", "gflops", "peak_mib"}
+    flags = "bench --arch resnet8 --batch 2 --T 1 --generator-width 4 --z-dim 4".split()
+    assert told(capsys, *flags).keys() == {
+        "distill_step_s", "synthesis_step_s", "teacher_forward_s", "student_forward_s",
+        "images_per_s", "gflops", "peak_mib"}
 
 def test_bench_counts_operations_and_bytes():
     a = types.SimpleNamespace(arch="resnet8", student_arch="", T=2, batch=4, threads=1,
@@ -4149,7 +4145,7 @@ def cell_settings(folder):
 def ablation_row(folder, curve, real):
     """All that is known of a cell that is done; curve: test images for each point of its curve."""
     (c, teacher), row = cell_settings(folder), json.loads((folder / "summary.json").read_text())
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = rows_of(folder)
     student = teacher._replace(T=c.T, activation=stars.Neuron(c.lam, c.reset, c.v_init,
                                                               c.surrogate))
     row |= dict(images_seen=epochs[-1]["images_seen"], epochs=epochs, curve=[], folder=str(folder))
@@ -4254,8 +4250,7 @@ def ablation(argv):
         ablation_figure(rows, real, targets, a.save + ".png")
 
 def test_the_ablation_runs_each_cell_once(folder, capfd):
-    x, y = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 10
-    np.savez("mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    put_npz("mine.npz")
     argv = ["--dataset", "mine.npz", "--runs", "cells", "--methods", "bn,real", "--jobs", "2",
             "--curve", "7", "--save", "result", "--teacher", "teacher.npz", *GIVEN, *TINY]
     ablation(argv)
