@@ -2545,7 +2545,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if kind == "garbage":
             return self.wfile.write(b"this is not http\n\n" * 3)
         if kind == "silent":
-            return time.sleep(1)
+            return time.sleep(20)
         if kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return self.connection.close()
@@ -2558,7 +2558,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(length))
         self.end_headers()
         pieces = {"loop": [], "once": [], "cut": [BODY[:99_999]], "wrong": [BODY[:-1] + b"!"],
-                  "stalls": [BODY[:99_999], 1], "endless": [BODY] * 100}.get(kind, [BODY])
+                  "stalls": [BODY[:99_999], 20], "endless": [BODY] * 100}.get(kind, [BODY])
         with contextlib.suppress(OSError):
             for piece in pieces:
                 self.wfile.write(piece) if isinstance(piece, bytes) else time.sleep(piece)
@@ -2586,7 +2586,7 @@ def test_downloads_are_whole_or_leave_what_was_there(server, tmp_path):
                  "cut", "stalls", "wrong"):
         url, start = server + kind, time.monotonic()
         why = refused(url, stars.download, url, MD5, path, 10 ** 6, timeout=.3)
-        assert time.monotonic() - start < 1.2 and f"good copy at {path}" in why
+        assert time.monotonic() - start < 15 and f"good copy at {path}" in why
         assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
 
 def test_a_download_from_nobody(tmp_path):
