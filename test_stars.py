@@ -56,9 +56,10 @@ CHECKS = {}  # name -> check(S): what a mutant has to pass to survive
 CLOSING = []  # lines of the closing output
 TORTURE = "STARS_TORTURE" in os.environ
 
-def checks(**draws):
+def checks(name="", **draws):
     """Make check(S, ...) a test of stars, its arguments drawn, and of mutants, by its defaults."""
     def register(check):
+        check.__name__ = name.replace(" ", "_") or check.__name__
         def test(**drawn):
             check(stars, **drawn)
         test = given(**draws)(test) if draws else lambda: check(stars)
@@ -585,13 +586,12 @@ def assert_network_gradient(S, net, x, tol=1e-6, train=True):
     assert_gradient(f, x, *(net.params[name] for name in names), tol=tol)
 
 def network_gradient(family, *modes):
+    @checks(f"network_gradient_{family}")
     def check(S):
         for train, T in modes:
             activation = smooth_spikes(S, T) if T > 1 else smooth
             assert_network_gradient(S, net_of(S, family, activation, T), images_of(family), 1e-6,
                                     train)
-    check.__name__ = "network_gradient_" + family.replace(" ", "_")
-    return checks()(check)
 
 for _family in FAMILIES:
     network_gradient(_family, (True, 3), *[(False, 1), (False, 2), (True, 1)]
@@ -1090,6 +1090,7 @@ def synthesis_gradient_at_real_spikes(S):
             assert_gradient(f, x, tol=1e-6)
 
 def synthesis_gradient_to_the_generator(family, classes):
+    @checks(f"synthesis_gradient_to_the_generator_{family}_{classes}")
     def check(S):
         (teacher, student), size = pair_of(S, family), FAMILIES[family][1]
         seed = 6 if family == "vgg11" else 5  # no pool near a tie
@@ -1105,14 +1106,13 @@ def synthesis_gradient_to_the_generator(family, classes):
                 return [grads[name] for name in params]
             return parts["total"], both
         assert_gradient(f, *params.values(), tol=1e-6)
-    check.__name__ = f"synthesis_gradient_to_the_generator_{family}_{classes}".replace(" ", "_")
-    return checks()(check)
 
 for _family, _classes in zip(FAMILIES, (0, 3, 0, 3)):
     synthesis_gradient_to_the_generator(_family, _classes)
 
 def distillation_gradient(family, of=None):
     """Eq. (10) with (7) and (12) in it: what a first step of SGD moves the weights by, lr = 1."""
+    @checks(f"distillation_gradient_{family}" + (f" of {of}" if of else ""))
     def check(S):
         (teacher, _), x = pair_of(S, of or family), images_of(of or family, 4)
         student = pair_of(S, family)[1]
@@ -1127,9 +1127,6 @@ def distillation_gradient(family, of=None):
             moved = [(v - new[name]) / 1.9 for name, v in zip(names, values)]
             return loss["total"], lambda d: [d * v for v in moved]
         assert_gradient(f, *(student.params[name] for name in names), tol=1e-6)
-    name = f"distillation_gradient_{family}" + (f" of {of}" if of else "")
-    check.__name__ = name.replace(" ", "_")
-    return checks()(check)
 
 @checks()
 def other_layers_are_mapped_and_the_same_are_not(S):
