@@ -45,9 +45,8 @@ if _ours:
 xp = np  # the array module of every function below: numpy, or cupy after use_device("gpu")
 
 def use_device(name="auto", tf32=False):
-    """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there,
-    with products in TF32 if tf32 (the first product decides).   -> "cpu" or "gpu".
-    RuntimeError: no "gpu" is there."""
+    """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
+    tf32: multiply in TF32 (the first product decides).   -> "cpu", "gpu". RuntimeError: no GPU."""
     global xp
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
     xp = np
@@ -699,8 +698,7 @@ def distillation_loss(t, s, tau=4.0):
 def rate_matching(z, y, T, v_th, amplitude=1.0):
     """A layer of Eq. (12): mean over neurons and images of (z / A averaged over T - clip(y / V))^2.
     z (T*N, ...): its output in the student, values 0 and amplitude A. y (N, ...): in the teacher,
-    constant, clipped to 0 .. 1 in units of V = v_th > 0.   back: dloss -> dz (N, ...), the same at
-    every step."""
+    constant, clipped to 0 .. V = v_th > 0.   back: dloss -> dz (N, ...), the same at every step."""
     rate = mean_over_time(z, T)[0]
     expect("y", y, *rate.shape)
     gap = rate * (1 / float(amplitude)) - xp.clip(y * (1 / v_th), 0, 1)
