@@ -43,16 +43,17 @@ if _ours:
 # ---- 1  Arrays and devices -----------------------------------------------------------------------
 
 xp = np  # the array module of every function below: numpy, or cupy after use_device("gpu")
+TF32 = 0  # 1 if a GPU multiplies in TF32
 
 def use_device(name="auto", tf32=False):
     """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
     tf32: multiply in TF32 (the first product decides).   -> "cpu", "gpu". RuntimeError: no GPU."""
-    global xp
+    global xp, TF32
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
-    xp = np
+    xp, TF32 = np, int(tf32)
     if name != "cpu":
         try:
-            os.environ["CUPY_TF32"] = str(int(tf32))
+            os.environ["CUPY_TF32"] = str(TF32)
             import cupy
             x = cupy.arange(4, dtype=cupy.float32).reshape(2, 2)
             int((x @ x).sum())  # compiles and runs
@@ -2382,17 +2383,13 @@ def _group(C):
     """How many of C channels lie together among the taps of "windows"."""
     return 16 if C % 16 == 0 else C
 
-def _tf32():
-    """1 if use_device was told tf32, else 0."""
-    return int(os.environ.get("CUPY_TF32") == "1")
-
 def _tiles(C, K, DW):
     """BN, M, X and THREADS of "windows", the fastest of those tried on an H100."""
     if DW and (C < 32 or C % 4):
         return min(64, K + -K % 16), 1, 1, 288
     if K <= 32:
         return 16 if K <= 16 else 32, 2, 1, 128
-    if _tf32():
+    if TF32:
         return (128, 4, 2, 128) if K > 64 else (64, 4 if DW else 2, 1, 128)
     if DW:
         return (128, 2, 2, 128) if K > 64 else (64, 2, 1, 128)
@@ -2410,7 +2407,7 @@ def gpu_windows(x, b, K, R, S, h, w, D=1, U=1, DW=0):
     y = xp.empty((parts, rows, K), x.dtype)
     launch("windows", parts * tiles * threads, x, b, y, pixels, span, C=C, H=H, W=W, h=h, w=w, R=R,
            S=S, D=D, U=U, K=K, DW=DW, BN=BN, M=M, X=X, GROUP=_group(C), VA=1 if C % 4 else 4,
-           VB=1 if K % 4 else 4, THREADS=threads, TF32=_tf32())
+           VB=1 if K % 4 else 4, THREADS=threads, TF32=TF32)
     return y
 
 def gpu_conv2d(x, w, stride=1, need="xp"):
@@ -2419,7 +2416,7 @@ def gpu_conv2d(x, w, stride=1, need="xp"):
     (N, H, W, C), (K, _, R, S), (h, v) = x.shape, w.shape, (-(-n // stride) for n in x.shape[1:3])
     taps = xp.empty((1 + ("x" in need), w.size), x.dtype)
     launch("taps", taps.size, w, taps, C=C, K=K, R=R, S=S, SIZE=w.size, GROUP=_group(C),
-           GROUP_K=_group(K), TF32=_tf32())
+           GROUP_K=_group(K), TF32=TF32)
     y = gpu_windows(x, taps[0], K, R, S, h, v, D=stride).reshape(N, h, v, K)
     kept = x if "p" in need else None
     def back(dy):

@@ -2041,7 +2041,7 @@ def window_cases(S):
             x, w, dy = (a.astype("f4") for a in (x, w, dy))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(S, "GPU_BLOCKS", blocks)
-                patch.setenv("CUPY_TF32", str(int(tf32)))
+                patch.setattr(S, "TF32", int(tf32))
                 y, back = S.gpu_conv2d(x, w, stride)
                 return [y, *back(dy)]
         shapes = (N, H, W, C), (K, C, R, Q), (N, -(-H // stride), -(-W // stride), K)
@@ -2068,9 +2068,9 @@ def gpu_conv2d_is_conv2d(S):
             patch.setattr(Kernel, "early", early)
             kernels_are_their_operators(S, window_cases)
 
-@pytest.mark.parametrize("tf32", ("0", "1"))
+@pytest.mark.parametrize("tf32", (0, 1))
 def test_kernels_do_not_hide_what_is_not_a_number(monkeypatch, tf32):
-    monkeypatch.setenv("CUPY_TF32", tf32)
+    monkeypatch.setattr(stars, "TF32", tf32)
     x, w = (a.astype("f4") for a in normal(0, (5, 8, 8, 3), (2, 3, 3, 3)))
     x[1, 2, 3, 0] = np.uint32(0x7fffffff).view("f4")  # the one that a GPU makes
     expected = np.isnan(stars.conv2d(x, w)[0])
@@ -2250,10 +2250,10 @@ def test_gpu_products_stay_in_registers(gpu, monkeypatch):
         kernels.append(compiled(*key))
         return kernels[-1]
     monkeypatch.setattr(stars, "_compiled", keep)
-    for tf32, (C, K, stride) in itertools.product("01", (
+    for tf32, (C, K, stride) in itertools.product((0, 1), (
             (16, 16, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 65, 1), (64, 128, 2),
             (256, 256, 1))):
-        monkeypatch.setenv("CUPY_TF32", tf32)
+        monkeypatch.setattr(stars, "TF32", tf32)
         x, w = stars.xp.ones((2, 8, 8, C), "f4"), stars.xp.ones((K, C, 3, 3), "f4")
         y, back = stars.gpu_conv2d(x, w, stride)
         back(y)
