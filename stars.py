@@ -2134,7 +2134,10 @@ STEPS = """
     for (int t = 0; t < T; t++) {
         real drive = gamma[c] * inv * (a[FIRST ? i : t * size + i] - mean[c]) + beta[c];
         if (SHORTCUT) drive += shortcut[t * size + i];
-        u = lam * u + drive;"""
+        u = lam * u + drive;
+        %s
+        if (u >= V) u = HARD ? 0 : u - V;
+    }"""
 
 TABLE = "real* const* __restrict__ table, int rows, "
 EACH_ROW = """
@@ -2257,20 +2260,15 @@ KERNELS = {  # name: (arguments, body)
         next[3 * n + i] = var[i] + momentum * (v * (count / (count - 1)) - var[i]);"""),
     # batch norm, shortcut, then Eq. (1) or, if SLOPE >= 0, the larger of x and SLOPE x
     "fire": ("in a, in gamma, in beta, in mean, in var, in shortcut, out z, real lam, real start, "
-             "real V, real A", NORM + "int size = n;" + STEPS + """
-            z[t * n + i] = SLOPE < 0 ? (u >= V ? A : 0) : drive > 0 ? drive : real(SLOPE) * drive;
-            if (u >= V) u = HARD ? 0 : u - V;
-        }"""),
+             "real V, real A", NORM + "int size = n;" + STEPS % """
+        z[t * n + i] = SLOPE < 0 ? (u >= V ? A : 0) : drive > 0 ? drive : real(SLOPE) * drive;"""),
     # dz to the gradient of what batch norm gives, Eq. (2), added up over T if FIRST; in eval mode
     # on to that of what it gets; and each thread's sums of dy and of dy y, of one channel
     "fire_back": ("in a, in gamma, in beta, in mean, in var, in shortcut, in dz, in each, out dy, "
                   "out da, out sums, int size, real lam, real start, real V, real A", NORM + """
         real m[T], sum = 0, sum_y = 0, share = 1 / V, slope = A * share;
         for (int first = i; first < size; first += n) {
-            int i = first;""" + STEPS + """
-                m[t] = SLOPE < 0 ? u : drive;
-                if (u >= V) u = HARD ? 0 : u - V;
-            }
+            int i = first;""" + STEPS % "m[t] = SLOPE < 0 ? u : drive;" + """
             real kept = 0, over_time = 0, more = EACH ? each[i] : 0;
             for (int t = T - 1; t >= 0; t--) {
                 int at = FIRST ? i : t * size + i;
