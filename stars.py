@@ -2077,8 +2077,7 @@ def fast_tap(a, gamma, mean, var, pi, w_bn, w_tar, share, tail, chunk=None):
 
 def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
     """Eq. (12) as rate_matching of section 5."""
-    v, y, shape = z.reshape(T, len(y), -1), y.reshape(len(y), -1), y.shape
-    gap = xp.empty(y.shape, y.dtype)
+    v, gap = z.reshape(T, *y.shape), xp.empty(y.shape, y.dtype)
     def part(i, j):
         np.multiply(v[:, i:j].sum(0), 1 / (T * float(amplitude)), out=gap[i:j])
         gap[i:j] -= np.clip(y[i:j] * (1 / v_th), 0, 1)
@@ -2090,9 +2089,7 @@ def fast_rate_matching(z, y, T, v_th, amplitude=1.0, chunk=None):
         launch("rate", parts.size, v, y, gap, parts, gap.size, 1 / (T * float(amplitude)),
                1 / float(v_th), T=T)
         loss = parts.sum()
-    def back(dloss):
-        return (gap * (2 * dloss / (gap.size * T * float(amplitude)))).reshape(shape)
-    return loss, back
+    return loss, lambda dloss: gap * (2 * dloss / (gap.size * T * float(amplitude)))
 
 # -- GPU: i is the number of a thread, n how many there are. e is x - mean, y normalised; sizes are
 #    compiled in, arrays contiguous.
