@@ -1831,18 +1831,16 @@ def _im2col(w, stride, need):
         view = np.lib.stride_tricks.sliding_window_view(padded, (R, S), (1, 2), writeable=True)
         return view[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
     columns = lambda x: windows(np.pad(x, margins)).reshape(-1, R * S * C)
-    def fold(dcolumns, dx):  # the adjoint of columns
-        padded = np.pad(np.zeros_like(dx), margins)
-        into = windows(padded)
-        dwindows = dcolumns.reshape(into.shape)
-        for r, s in np.ndindex(R, S):
-            into[:, :, :, r, s] += dwindows[:, :, :, r, s]
-        dx[...] = padded[:, P:P + dx.shape[1], Q:Q + dx.shape[2]]
     forward = lambda x, y: np.matmul(columns(x), flat, out=y.reshape(-1, K))
     def backward(x, dy, dx):
         d = dy.reshape(-1, K)
-        if "x" in need:
-            fold(d @ flat.T, dx)
+        if "x" in need:  # the adjoint of columns
+            padded = np.pad(np.zeros_like(dx), margins)
+            into = windows(padded)
+            dwindows = (d @ flat.T).reshape(into.shape)
+            for r, s in np.ndindex(R, S):
+                into[:, :, :, r, s] += dwindows[:, :, :, r, s]
+            dx[...] = padded[:, P:P + dx.shape[1], Q:Q + dx.shape[2]]
         return columns(x).T @ d if "p" in need else None
     return forward, backward, lambda dw: dw.reshape(R, S, C, K).transpose(3, 2, 0, 1)
 
