@@ -110,9 +110,8 @@ def conv2d(x, w, stride=1, need="xp"):
                 part += dy @ w[:, :, r, s]
             dx = dpadded[:, P:P + H, Q:Q + W]
         if "p" in need:
-            dw = xp.empty(w.shape, w.dtype)
-            for r, s in np.ndindex(R, S):
-                dw[:, :, r, s] = dy.reshape(-1, K).T @ window(kept, r, s).reshape(-1, C)
+            dw = xp.stack([dy.reshape(-1, K).T @ window(kept, r, s).reshape(-1, C)
+                           for r, s in np.ndindex(R, S)], -1).reshape(w.shape)
         return dx, dw
     return y, back
 
