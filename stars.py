@@ -178,7 +178,7 @@ def global_average_pool(x):
 
 def _quarters(x):
     """The four views (N, H/2, W/2, C) of x that hold the pixels of each 2x2 window, row by row."""
-    require(x.shape[1] % 2 == x.shape[2] % 2 == 0, f"x must have even height and width, has {x.shape}")
+    require(x.shape[1] % 2 == x.shape[2] % 2 == 0, f"x must have even sides, has {x.shape}")
     return [x[:, i::2, j::2] for i, j in np.ndindex(2, 2)]
 
 def max_pool(x):
