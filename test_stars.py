@@ -3737,7 +3737,7 @@ def peer_rca(f_t, f_s):  # Eq. (7)
 
 def peer_tar(taps, pi, kappa, tau):  # Eq. (8)
     """pi: (L, K).  The mean runs over all (l, c, k): a wide layer counts for more."""
-    terms, pi = [], torch.as_tensor(pi).to(taps[0][0])
+    terms, pi = [], torch.tensor(pi).to(taps[0][0])
     for (a, gamma, mean, var), target in zip(taps, pi, strict=True):
         scale = gamma.sign() / ((var + 1e-5).sqrt() * tau)
         h = torch.addcmul((-mean * scale)[:, None, None], a, scale[:, None, None])  # h / tau
