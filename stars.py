@@ -10,8 +10,8 @@ data that is gone. A generator makes images from that knowledge, Eq. (9); a spik
 the teacher's answers on them, Eq. (10). Sections 0 to 6 are the method, the rest makes it a tool:
 
     1 arrays and devices          4 networks, Eq. (11)      7 data                 10 reports
-    2 operators                   5 losses, (3)-(10), (12)  8 weights and files    11 command line
-    3 spiking neuron, Eq. (1-2)   6 optimisers              9 procedures           12 fast paths
+    2 operators                   5 losses, (3)-(9), (12)   8 weights and files    11 command line
+    3 spiking neuron, Eq. (1-2)   6 optimisers              9 procedures, (10)     12 fast paths
 
 The equations are numbered as in README.md; `# Eq. (n)` stands on the line that computes one.
 Eq. (7) and (8) are this project's formalisation of the abstract of STARS (arXiv 2605.27409):
@@ -47,7 +47,8 @@ TF32 = 0  # 1 if a GPU multiplies in TF32
 
 def use_device(name="auto", tf32=False):
     """Put arrays on the "cpu" (NumPy), the "gpu" (CuPy), or "auto": the GPU if a kernel runs there.
-    tf32: multiply in TF32 (the first product decides).   -> "cpu", "gpu". RuntimeError: no GPU."""
+    tf32: multiply in TF32 (cuBLAS heeds the first call).   -> "cpu" or "gpu".   RuntimeError: "gpu"
+    was asked for, and none is there."""
     global xp, TF32
     require(name in ("cpu", "gpu", "auto"), f"device must be cpu, gpu or auto, not {name!r}")
     xp, TF32 = np, int(tf32)
@@ -1226,6 +1227,13 @@ def update(net, state, grads, running, lr, weight_decay):
     sgd(net.params, grads, state, lr, nesterov=True, weight_decay=weight_decay)
     net.params.update(running)
 
+def classification_step(net, state, x, y, lr, weight_decay):
+    """One SGD step of an ANN on Eq. (4) with labels y, in place. x: images in [0, 1].   -> loss"""
+    out, back = forward(net, normalise(x, net.mean, net.std)[0], train=True, need="p")
+    loss, loss_back = class_prior(out.logits, y)
+    update(net, state, back(loss_back())[1], out.running, lr, weight_decay)
+    return loss
+
 def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, w_rate, thresholds):
     """One SGD step of a student on Eq. (10), in place. x: images in [0, 1]; thresholds {layer: V}:
     the layers of the teacher that Eq. (12) may match.   -> the losses kd, rca and rate, not
@@ -1241,10 +1249,9 @@ def distillation_step(student, state, x, teacher, tau, lr, weight_decay, w_rca, 
     same, mapped = matched_layers(fired, {k: outputs[k] for k in outputs if k in thresholds})
     matched = max(1, len(same) + len(mapped))
     for layer, its in (same | mapped).items():
-        z, y = fired.pop(layer), outputs.pop(its)
-        match = fast_rate_matching if fast(z) else rate_matching
-        match = rate_mapping if layer in mapped else match
-        loss, backs[layer] = match(z, y, student.T, thresholds[its],
+        match = (rate_mapping if layer in mapped else
+                 fast_rate_matching if fast(fired[layer]) else rate_matching)
+        loss, backs[layer] = match(fired.pop(layer), outputs.pop(its), student.T, thresholds[its],
                                    student.params.get(layer + ".amplitude", 1.0))
         matches.append(loss)
     fired.clear()
@@ -1387,11 +1394,8 @@ def train(c, net, x, y, folder):
         order = rng.permutation(len(x))[:steps * c.batch].reshape(steps, c.batch)
         for step, i in enumerate(order, epoch * steps):
             lr = cosine(step, c.epochs * steps, c.lr, min(steps, 400))
-            normal = normalise(crops(rng, x[i]), net.mean, net.std)[0]
-            out, back = forward(net, normal, train=True, need="p")
-            loss, loss_back = class_prior(out.logits, y[i])
-            update(net, groups["sgd"], back(loss_back())[1], out.running, lr, c.weight_decay)
-            yield "step", dict(loss=loss)
+            yield "step", dict(loss=classification_step(net, groups["sgd"], crops(rng, x[i]), y[i],
+                                                        lr, c.weight_decay))
     each_epoch(c, folder, groups, rng, (x, y), [dict(step=steps)] * c.epochs, work, dict(step=1))
 
 def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
@@ -1595,11 +1599,12 @@ def run_folder(c, command, name):
     if not c.resume:
         demand(not os.path.exists(path), f"{folder} holds another run: give a new --out or {again}")
         write_atomic(path, to_json(vars(c) | dict(command=command, version=VERSION)).encode())
-    with open(path) as file:
-        demand(alone_with(file), f"another process is at work in {folder}")
+    with open(path, "r+") as file:  # to write, or NFS has no lock
+        demand(alone_with(file), f"another process is at work in {folder}: wait for it, or end it")
+        for left in pathlib.Path(c.resume).glob("*.tmp") if c.resume else ():  # by a killed run
+            with contextlib.suppress(OSError):
+                left.unlink()
         try:
-            for left in pathlib.Path(c.resume).glob("*.tmp") if c.resume else ():  # by a killed run
-                left.unlink(missing_ok=True)
             yield folder
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
