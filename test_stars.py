@@ -1481,9 +1481,10 @@ MUTANTS = [  # (old, new, the check that kills it); old stands once in sections 
      "layers_are_matched_by_name_or_else_by_resolution"),
     ("teacher[k].shape[1:] == student[k].shape[1:]", "teacher[k].shape[3] == student[k].shape[3]",
      "layers_are_matched_by_name_or_else_by_resolution"),
-    ("rate_mapping if layer in mapped else match", "match if z.shape[1:] == y.shape[1:] else "
-     "rate_mapping", "other_layers_are_mapped_and_the_same_are_not"),
-    ("rate_mapping if layer in mapped else match", "rate_mapping",
+    ("rate_mapping if layer in mapped else", "rate_mapping if "
+     "fired[layer].shape[1:] != outputs[its].shape[1:] else",
+     "other_layers_are_mapped_and_the_same_are_not"),
+    ("rate_mapping if layer in mapped else", "rate_mapping if True else",
      "other_layers_are_mapped_and_the_same_are_not"),
     ('student.params.get(layer + ".amplitude", 1.0)', "1.0",
      "other_layers_are_mapped_and_the_same_are_not"),
