@@ -469,6 +469,7 @@ def forward(net, x, **mode):
     return family(net.params, x, net.activation, net.T, **mode)
 
 def same_normalisation(teacher, student):
+    """ValueError unless both Nets normalise images alike, as Eq. (9) and (10) have it."""
     require(np.allclose((teacher.mean, teacher.std), (student.mean, student.std)),
             "student must have the mean and std of the teacher")
 
@@ -699,7 +700,7 @@ def distillation_loss(t, s, tau=4.0):
 def rate_matching(z, y, T, v_th, amplitude=1.0):
     """A layer of Eq. (12): mean over neurons and images of (z / A averaged over T - clip(y / V))^2.
     z (T*N, ...): its output in the student, values 0 and amplitude A. y (N, ...): in the teacher,
-    constant, clipped to 0 .. V = v_th > 0.   back: dloss -> dz (N, ...), the same at every step."""
+    constant; V = v_th > 0.   back: dloss -> dz (N, ...), the same at every step."""
     rate = mean_over_time(z, T)[0]
     expect("y", y, *rate.shape)
     gap = rate * (1 / float(amplitude)) - xp.clip(y * (1 / v_th), 0, 1)
@@ -1579,7 +1580,8 @@ def measured(c, classes, size, *nets):
     return [evaluate(net, x, y, c.batch) for net in nets]
 
 def alone_with(file):
-    """False if another process holds file, else it is held until closed, where the system can."""
+    """False if another process holds the open file; else this one does, until it is closed. Where
+    there are no such locks, True."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
