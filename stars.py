@@ -977,41 +977,25 @@ def init_weights(shapes, rng, dtype=np.float32):
         return rng.uniform(-fan_in ** -0.5, fan_in ** -0.5, shape)
     return {name: xp.asarray(draw(name, shape).astype(dtype)) for name, shape in shapes.items()}
 
-@contextlib.contextmanager
-def ctrl_c_later():
-    """Ctrl-C within takes effect at the end, a second one at once. In the middle of a file zipfile
-    would turn it into another error."""
-    def note(*call):
-        signal.signal(signal.SIGINT, old)
-        late.append(call)
-    late, old = [], signal.getsignal(signal.SIGINT)
-    if callable(old):  # it is not ignored
-        with contextlib.suppress(ValueError):  # not in the main thread, which alone gets Ctrl-C
-            signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is note:
-            signal.signal(signal.SIGINT, old)
-    for call in late:
-        old(*call)
-
-@ctrl_c_later()
 def write_atomic(path, content):
     """Writes bytes, or what content(file) writes: all of it or nothing. UserError: disk full ..."""
-    temporary = os.path.abspath(f"{path}-{os.urandom(4).hex()}.tmp")
-    try:
-        os.makedirs(os.path.dirname(temporary), exist_ok=True)
-        with open(temporary, "xb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room or take another folder")
-    finally:
-        with contextlib.suppress(OSError):  # it is there only if something failed
-            os.unlink(temporary)
+    def write():
+        temporary = os.path.abspath(f"{path}-{os.urandom(4).hex()}.tmp")
+        try:
+            os.makedirs(os.path.dirname(temporary), exist_ok=True)
+            with open(temporary, "xb") as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): make room or take another "
+                            "folder")
+        finally:
+            with contextlib.suppress(OSError):  # it is there only if something failed
+                os.unlink(temporary)
+    with ThreadPoolExecutor(1) as writer:  # Ctrl-C interrupts the main thread, which waits for it
+        writer.submit(write).result()
 
 def to_json(value):
     """JSON text of value, keys sorted; NumPy and CuPy scalars and arrays become numbers, lists."""
