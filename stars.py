@@ -980,11 +980,13 @@ def init_weights(shapes, rng, dtype=np.float32):
 def write_atomic(path, content):
     """Writes bytes, or what content(file) writes: all of it or nothing. UserError: disk full ..."""
     def write():
-        temporary = os.path.abspath(f"{path}-{os.urandom(4).hex()}.tmp")
+        temporary, memory = os.path.abspath(f"{path}-{os.urandom(4).hex()}.tmp"), io.BytesIO()
         try:
+            if callable(content):  # a zipfile on a full disk would print errors of its own
+                content(memory)
             os.makedirs(os.path.dirname(temporary), exist_ok=True)
             with open(temporary, "xb") as file:
-                content(file) if callable(content) else file.write(content)
+                file.write(memory.getbuffer() if callable(content) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -399,7 +399,8 @@ def test_float32_stays_float32_and_agrees_with_float64():
     for name, f, args in operator_cases(stars):
         single = outputs(f, [a.astype(np.float32) for a in args])
         for low, high in zip(single, outputs(f, args), strict=True):
-            assert low.dtype == np.float32 and high.dtype == np.float64, name
+            if low.ndim or np.__version__ >= "2":  # before, a scalar and a number made a float64
+                assert low.dtype == np.float32 and high.dtype == np.float64, name
             assert abs(low - high).max() <= 2e-5 * max(abs(high).max(), 1), name
 
 @checks()
