@@ -1159,7 +1159,8 @@ class Config:
                          "d", ("auto", *SCHEDULES))
     synthesis_steps: int = flag(0, "generator steps an epoch; default by schedule", "d")
     distill_steps: int = flag(0, "student steps an epoch; default by schedule", "d")
-    warm_up: int = flag(0, "first epochs, for the generator alone; default by schedule", "d")
+    warm_up: int = flag(0, "first epochs, for the generator alone; default by schedule; as many as "
+                        "--epochs: the teacher is converted, not trained", "d")
     method: str = flag("stars", "real: the training set; all: a table", "d", (*METHODS, "all"))
     synthesis: str = flag("generator", "what makes the images", "d", ("generator", "pixels"))
     init: str = flag("", "default teacher, or random if the student differs", "d", ("", *STARTS))
@@ -1193,7 +1194,8 @@ def settle(c):
     if c.epochs:
         new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
-    demand(c.warm_up < c.epochs, f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
+    demand(c.warm_up < c.epochs + (c.init == "teacher"),  # as many: the teacher is only converted
+           f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
     demand(min(c.batch, c.distill_batch) > 1, "--batch, --distill-batch must be 2 or more")
     return c
 

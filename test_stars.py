@@ -3131,6 +3131,20 @@ def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monke
     assert not np.any(used, 0)[0]  # the first of each batch is held out
     assert np.array_equal(measured[-1], pool_of(folder / "run")[2:, 0])
 
+def test_a_run_that_is_all_warm_up_converts_the_teacher(folder, capsys):
+    convert = ("--warm-up", "2", "--T", "3", "--quantile", "0.9", "--out", "run")
+    assert distil(capsys, *convert)[0] == run(capsys, "--resume", "run")[0] == 0
+    params, info = stars.load_weights("run/student.npz")
+    net, _ = stars.load_net(stars.Config(), "teacher.npz")
+    seen, images = {}, pool_of(folder / "run")[-1]
+    stars.predict(net, images, watch=lambda layer, z: seen.update({layer: np.quantile(
+        z.ravel()[::7], 0.9)}))
+    assert seen and info["T"] == 3
+    for layer, V in seen.items():
+        assert params.pop(layer + ".v_th") == params.pop(layer + ".amplitude") == np.float32(V)
+    assert params.keys() == net.params.keys()
+    assert all(np.array_equal(v, net.params[k]) for k, v in params.items())
+
 def test_a_student_is_as_wide_as_the_teacher_unless_told(folder, capsys):
     shape = stars.load_weights("teacher.npz")[0]["conv1.weight"].shape
     for more, width in ((), shape[0]), (("--width", "3"), 3), (("--student-arch", "resnet8"), 16):
@@ -3372,7 +3386,9 @@ FAILURES = [  # arguments, what the sentence says
     (["--resume", "typed"], "what it says of epochs, lam, surrogate cannot be"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
-    (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2"], "--epochs 2"),
+    (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "3"], "--epochs 2"),
+    (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2", "--init", "random"],
+     "--epochs 2"),
     (["--teacher", "teacher.npz", "--batch", "1"], "--batch"),
     (["teacher", "--resume", "full"], "full"),
     (["eval", "teacher.npz", "--T", "2"], "--T"),
