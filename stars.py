@@ -768,7 +768,7 @@ def cosine(step, steps, lr, warm_up=0):
 # ---- 7  Data -------------------------------------------------------------------------------------
 
 import argparse, contextlib, ctypes, gzip, hashlib, io, itertools, json, math, pathlib
-import shlex, signal, tarfile, time, timeit, urllib.request, zipfile
+import shlex, signal, tarfile, time, timeit, urllib.request, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 class UserError(Exception):
@@ -2490,6 +2490,7 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
 if __name__ == "__main__":
     with contextlib.suppress(AttributeError):  # ends as others do when nobody reads on
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    warnings.simplefilter("ignore", RuntimeWarning)  # each_epoch says what is not finite
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     sys.exit(main())

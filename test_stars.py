@@ -3458,6 +3458,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys, monkeypatch):
     assert code == 1 and "student_kd became nan in epoch 3, step 2: lower the learning rate" in err
     assert "a/checkpoint.npz holds the state after epoch 2" in err
     assert json.loads(str(np.load("a/checkpoint.npz")["info"]))["rows"][-1]["epoch"] == 2
+    err = start(*small_run("--lr", "1e6", "--quiet")).communicate()[1]
+    assert err.count("\n") == 1 and "became" in err  # and NumPy says nothing
 
 def test_a_weight_that_is_not_finite_is_not_saved(folder, capsys, monkeypatch):
     whole = stars.distillation_step
