@@ -1119,7 +1119,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 11  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 12  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1182,6 +1182,8 @@ class Config:
     lam: float = flag(-1.0, "leak; default 1 from the teacher, 0.5 random", "d", most=1)
     reset: str = flag("", "default soft from the teacher, hard random", "d", ("", "hard", "soft"))
     v_init: float = flag(-1.0, "u_0 / V; default 0.5 from the teacher, 0 random", "d")
+    reset_gradient: str = flag("", "through the spike in the reset; default yes from the teacher, "
+                               "if T > 4, else no", "d", ("", "no", "yes"))
     surrogate: str = flag(Neuron.surrogate, "of Eq. (2)", "d", tuple(SURROGATES))
     quantile: float = flag(0.97, "of a layer's activations in the teacher, to be V", "d", most=1)
 
@@ -1191,6 +1193,7 @@ def settle(c):
         "quick" if c.init == "teacher" else "scratch")
     new = SCHEDULES[c.schedule.replace("auto", auto)] | STARTS[c.init] | dict(schedule=auto, T=4)
     new["distill_batch"] = c.batch or new.get("distill_batch", new["batch"])
+    new["reset_gradient"] = "yes" if c.init == "teacher" and c.T > 4 else "no"
     if c.epochs:
         new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
@@ -1325,7 +1328,7 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
     both = Weights(c.w_bn, c.w_oh, c.w_bal, c.w_adv, c.w_rca * on[0], c.w_tar * on[1])
     params, moments = init_weights(generator_shapes(size, c.generator_width, c.z_dim), rng), {}
     groups = dict(generator=params, adam=moments, student={}, sgd={})
-    neuron = Neuron(c.lam, c.reset, c.v_init, c.surrogate)
+    neuron = Neuron(c.lam, c.reset, c.v_init, c.surrogate, c.reset_gradient == "no")
     student = teacher._replace(params=groups["student"], activation=neuron, T=c.T)
     path, steps = os.path.join(folder, "pool.bin"), (c.epochs - c.warm_up) * c.distill_steps
     nets, batches = (teacher, student), 1 if c.synthesis == "pixels" else c.synthesis_steps
@@ -1941,7 +1944,7 @@ def fast_can(a, gamma, beta, mean, var, activation, T, v_th, first, shortcut):
             and (xp is np or a.ndim == 4 and T <= 32 and
                  a.size * (T if first else 1) < 2 ** 31 - 2 ** 18))
     if isinstance(activation, Neuron):
-        return (fits and activation.detach_reset and v_th > 0 and T >= 1 and
+        return (fits and v_th > 0 and T >= 1 and
                 (shortcut is None if first else len(a) % T == 0))
     return fits and activation in FAST_SLOPES and T == 1
 
@@ -1985,9 +1988,11 @@ def fast_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitu
             u, du = [*membranes(i, j)], dv[:, i:j]
             for t in reversed(range(T)):
                 np.multiply(dz[t], amplitude / v_th, out=du[t])
+                dkept = lam * du[t + 1] if t + 1 < T else dtype.type(0)
+                if not activation.detach_reset:
+                    du[t] -= dkept * (u[t] * (1 / v_th)) if hard else dkept
                 du[t] *= surrogate(u[t] * (1 / v_th) - 1)
                 if t + 1 < T:
-                    dkept = lam * du[t + 1]
                     du[t] += dkept * (u[t] < v_th) if hard else dkept
             if len(v) < T:
                 dv[0, i:j] = du.sum(0)
@@ -2263,7 +2268,8 @@ KERNELS = {  # name: (arguments, body)
                 int at = FIRST ? i : t * size + i;
                 real x = m[t] * share - 1, du = dz[t * size + i] + more;
                 if (SLOPE >= 0) du *= m[t] > 0 ? 1 : real(SLOPE);
-                else du = du * slope * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
+                else du = (du * slope - (DETACH ? 0 : HARD ? kept * m[t] * share : kept))
+                          * (SURROGATE) + (HARD && m[t] >= V ? 0 : kept);
                 kept = lam * du;
                 over_time += du;
                 sum_y += du * (a[at] - mean[c]) * inv;
@@ -2479,7 +2485,8 @@ def gpu_norm_activation(a, gamma, beta, mean, var, activation, T, v_th, amplitud
         dy = xp.empty(a.shape, a.dtype) if train or shortcut is not None else da
         parts = xp.empty((2, C, max(1, GPU_THREADS // C)), a.dtype)
         launch("fire_back", parts[0].size, *given, dz, a if each is None else each, dy, da, parts,
-               size, *numbers, **sizes, TRAIN=int(train), EACH=int(each is not None))
+               size, *numbers, **sizes, TRAIN=int(train), EACH=int(each is not None),
+               DETACH=int(n.detach_reset))
         sums = parts.sum(2) if train or "p" in need else None
         if train:
             launch("norm_back", a.size, dy, a, gamma, mean, var, sums, da, 1 / count, C=C)

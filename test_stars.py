@@ -1524,6 +1524,9 @@ FAST_MUTANTS = [  # as above, of section 12
     ("surrogate(u[t] * (1 / v_th) - 1)", "surrogate(u[t] - 1)",
      "fast_norm_activation_is_norm_activation"),
     ("carried *= lam", "carried *= 1", "fast_norm_activation_is_norm_activation"),
+    ("if not activation.detach_reset:", "if False:", "fast_norm_activation_is_norm_activation"),
+    ("dkept * (u[t] * (1 / v_th)) if hard", "dkept * u[t] if hard",
+     "fast_norm_activation_is_norm_activation"),
     ("v[t % len(v), i:j]", "v[0, i:j]", "fast_norm_activation_is_norm_activation"),
     ("kept[t, i:j]", "kept[0, i:j]", "fast_norm_activation_is_norm_activation"),
     ("np.multiply(u >= v_th", "np.multiply(u >= 1", "fast_norm_activation_is_norm_activation"),
@@ -1562,6 +1565,7 @@ FAST_MUTANTS = [  # as above, of section 12
         ("mean[c]) + beta", "mean[0]) + beta"), ("drive += shortcut", "drive -= shortcut"),
         ("(u >= V ? A : 0)", "(u >= V ? 1 : 0)"), ("slope = A * share", "slope = A"),
         ("HARD && m[t] >= V ? 0 : kept", "kept"), ("kept = lam * du;", "kept = du;"),
+        ("DETACH ? 0", "1 ? 0"), ("kept * m[t] * share", "kept * m[t]"),
         ("if (FIRST) du = over_time", ""),
         ("TRAIN || SHORTCUT", "TRAIN"), ("da[at] = gamma[c] * inv * du", "da[at] = du"),
         ("i / C] = sum_y", "i / C] = sum"), ("sum += over_time;", "sum = over_time;"),
@@ -1685,7 +1689,7 @@ def norm_cases(S):
             yield case(next(seeds), activation, 1, train, shortcut)
     for (lam, v_init, V, A), T in (((0.5, 0.0, 1.0, 1.0), 3), ((0.9, 0.5, 0.7, 1.3), 4),
                                    ((1.0, 0.2, 1.5, 0.6), 1)):
-        for neuron, train in itertools.product(neurons(S, lam, v_init, (True,)), flags):
+        for neuron, train in itertools.product(neurons(S, lam, v_init), flags):
             for shortcut, first in ((False, False), (True, False), (False, True)):
                 yield case(next(seeds), neuron, T, train, shortcut, first, V, A)
 
