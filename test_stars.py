@@ -3135,6 +3135,15 @@ def test_the_first_half_of_the_warm_up_is_not_distilled_on(folder, capsys, monke
     assert not np.any(used, 0)[0]  # the first of each batch is held out
     assert np.array_equal(measured[-1], pool_of(folder / "run")[2:, 0])
 
+def test_the_gradient_goes_through_the_reset_if_a_converted_student_has_many_steps(folder, capsys):
+    for i, (more, detached) in enumerate((
+            (("--T", "4"), True), (("--T", "5"), False), (("--T", "5", "--init", "random"), True),
+            (("--T", "5", "--reset-gradient", "no"), True),
+            (("--T", "2", "--reset-gradient", "yes"), False))):
+        assert distil(capsys, *more, "--out", str(i))[0] == 0
+        net, info = stars.load_net(stars.Config(), f"{i}/student.npz")
+        assert net.activation.detach_reset == info["neuron"]["detach_reset"] == detached
+
 def test_a_run_that_is_all_warm_up_converts_the_teacher(folder, capsys):
     convert = ("--warm-up", "2", "--T", "3", "--quantile", "0.9", "--out", "run")
     assert distil(capsys, *convert)[0] == run(capsys, "--resume", "run")[0] == 0
