@@ -1402,6 +1402,7 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
         with reading(path, "start a new run"):
             arrays = read_npz(path, limit=2**34)
             info = json.loads(str(arrays.pop("info")))
+            require(info["arrays"] == [*arrays], "arrays are missing")
             same_run(path, info["settings"], run)
             for k, v in arrays.items():
                 group, _, name = k.partition("/")
@@ -1434,7 +1435,7 @@ def each_epoch(c, folder, groups, rng, inputs, plan, work, cost):
             tell(dataclasses.replace(c, quiet=False), f"warning: {warning}")
         rows.append(row | dict(epoch=epoch + 1, warnings=warnings, seconds=time.monotonic() - then))
         write_atomic(f"{folder}/metrics.jsonl", "\n".join([*map(to_json, rows), ""]).encode())
-        info = to_json(dict(settings=run, rows=rows, rng=rng.bit_generator.state))
+        info = to_json(dict(settings=run, rows=rows, rng=rng.bit_generator.state, arrays=[*arrays]))
         write_atomic(path, lambda file: np.savez(file, **arrays, info=np.array(info)))
         tell(c, f"epoch {epoch + 1}/{c.epochs}  {losses}  ({rows[-1]['seconds']:.0f} s, {left})")
     return rows
