@@ -1119,7 +1119,7 @@ def flag(default, help, commands="dteb", choices=(), least=None, most=10**6):
     least = int(type(default) is int) if least is None else least
     return dataclasses.field(default=default, metadata=locals())
 
-VERSION = 12  # of what runs compute and checkpoints hold; a checkpoint of another is refused
+VERSION = 13  # of what runs compute and checkpoints hold; a checkpoint of another is refused
 METHODS = {"bn": (0, 0), "bn+rca": (1, 0), "bn+tar": (0, 1), "stars": (1, 1), "real": (0, 0)}
 SCHEDULES = {"shapes": dict(epochs=10, warm_up=3, synthesis_steps=12, distill_steps=40, batch=64),
              "quick": dict(epochs=26, warm_up=16, synthesis_steps=25, distill_steps=60, batch=64),
@@ -1194,10 +1194,11 @@ def settle(c):
     new = SCHEDULES[c.schedule.replace("auto", auto)] | STARTS[c.init] | dict(schedule=auto, T=4)
     new["distill_batch"] = c.batch or new.get("distill_batch", new["batch"])
     new["reset_gradient"] = "yes" if c.init == "teacher" and c.T > 4 else "no"
+    asked = c.warm_up > 0
     if c.epochs:
         new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
-    demand(c.warm_up < c.epochs + (c.init == "teacher"),  # as many: the teacher is only converted
+    demand(c.warm_up < c.epochs + (c.init == "teacher" and asked),  # the teacher is only converted
            f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
     demand(min(c.batch, c.distill_batch) > 1, "--batch, --distill-batch must be 2 or more")
     return c
@@ -1343,7 +1344,9 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
         warm = epoch < c.warm_up
         weights = dataclasses.replace(both, adv=0.0, rca=0.0) if warm else both
         with open(path, "ab") as file:  # what an unfinished epoch added goes
-            file.truncate(min(file.tell(), epoch * batches * c.batch * size * size * 3))
+            kept = epoch * batches * c.batch * size * size * 3
+            demand(file.tell() >= kept, f"{path} is too short: start a new run")
+            file.truncate(kept)
             for x, parts in synthesise(c, params, moments, rng, nets, weights, size, real):
                 file.write(to_host((x * 255 + 0.5).astype(np.uint8)).tobytes())
                 yield "warm-up" if warm else "synthesis", parts
@@ -1373,7 +1376,8 @@ def distil(c, teacher, shapes, size, folder, cost, real=()):
         warnings += symptoms(teacher, images[-1], found.get("firing_rates", {}))
     plan = [{"warm-up": batches}] * c.warm_up + [
         {"synthesis": batches, "distillation": c.distill_steps}] * (c.epochs - c.warm_up)
-    rows = each_epoch(c, folder, groups, rng, [*teacher.params.values(), *real], plan, work, cost)
+    inputs = [*teacher.params.values(), *teacher.mean, *teacher.std, *real]
+    rows = each_epoch(c, folder, groups, rng, inputs, plan, work, cost)
     student = student._replace(params=on_device(rounded(student.params)))
     found = None if c.method == "real" else agreement(pool(c.epochs)[ripe:])["accuracy"]
     return student, found, pool(c.epochs), rows
@@ -1591,11 +1595,16 @@ def run_folder(c, command, name):
     again = shlex.join(["python", os.path.relpath(__file__), command, "--resume", folder])
     path = f"{folder}/config.json"
     if not c.resume:
-        demand(not os.path.exists(path), f"{folder} holds another run: give a new --out or {again}")
+        try:
+            empty = os.path.exists(folder) and all(k.endswith(".tmp") for k in os.listdir(folder))
+            os.makedirs(folder, exist_ok=empty)  # two runs cannot both make it
+        except OSError as error:
+            raise UserError(f"{folder} cannot be a new folder ({error.strerror}): give another "
+                            f"--out, or go on by {again}") from None
         write_atomic(path, to_json(vars(c) | dict(command=command, version=VERSION)).encode())
     with open(path, "r+") as file:  # to write, or NFS has no lock
         demand(alone_with(file), f"another process is at work in {folder}: wait for it, or end it")
-        for left in pathlib.Path(c.resume).glob("*.tmp") if c.resume else ():  # by a killed run
+        for left in pathlib.Path(folder).glob("*-????????.tmp"):  # by a killed run
             with contextlib.suppress(OSError):
                 left.unlink()
         try:
@@ -1648,8 +1657,8 @@ def run_distil(c):
     with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, started from {c.init} weights, "
                 f"method {c.method}, schedule {c.schedule} on the {device}: {c.epochs} epochs of "
-                f"{c.synthesis_steps} synthesis and, after {c.warm_up}, {c.distill_steps} "
-                f"distillation steps; into {folder}")
+                f"{c.synthesis_steps} synthesis " + f"and, after {c.warm_up}, {c.distill_steps} "
+                "distillation " * (c.warm_up < c.epochs) + f"steps; into {folder}")
         student, agreement, pool, rows = distil(c, teacher, shapes, size, folder, cost, real)
         path = f"{folder}/student.npz"
         save_net(path, student, c, "distill", arch, classes, size=size, T=c.T,
@@ -1800,7 +1809,7 @@ def keep_pages():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 def images_a_chunk(x, chunk):
-    """At least four chunks, if there are as many images, whatever the threads."""
+    """About four chunks or more, whatever the threads."""
     return chunk or max(1, min(-(-len(x) // 4), CHUNK_BYTES // x[0].nbytes))
 
 # -- convolution: each of the two ways returns what it does with a chunk of images:

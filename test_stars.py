@@ -3231,7 +3231,7 @@ def test_torture_killed_runs_go_on_to_the_same_student(folder, capsys):
         process.kill()
         process.communicate()
         with contextlib.suppress(FileNotFoundError):  # as if it had been writing
-            (out / "checkpoint.npz-0.tmp").write_bytes(b"half")
+            (out / "checkpoint.npz-01234567.tmp").write_bytes(b"half")
         begun = (out / "config.json").exists()
         inside += begun and process.returncode < 0
         again = ["--resume", f"cut{k}", "--quiet"] if begun else small_run("--out", f"cut{k}")
@@ -3244,7 +3244,7 @@ def test_torture_killed_runs_go_on_to_the_same_student(folder, capsys):
 
 def test_a_folder_has_one_run_at_work(folder, capsys, monkeypatch):
     pytest.importorskip("fcntl")
-    beside, left = [], Path("one/student.npz.tmp")
+    beside, left = [], Path("one/student.npz-01234567.tmp")
     def draw(*_):
         left.write_bytes(b"of the run at work")
         if len(beside) < 2:
@@ -3256,6 +3256,20 @@ def test_a_folder_has_one_run_at_work(folder, capsys, monkeypatch):
     assert [(code, err.splitlines()[-1]) for code, _, err in beside] == 2 * [
         (1, "stars.py: another process is at work in one: wait for it, or end it")]
     assert run(capsys, "--resume", "one")[0] == 0 and not left.exists()
+
+def test_two_runs_that_begin_at_once_do_not_share_a_folder(folder, monkeypatch):
+    new = lambda: stars.run_folder(stars.Config(), "distill", "race")
+    with new():
+        monkeypatch.setattr(os.path, "exists", lambda path: False)  # neither has seen the other's
+        with pytest.raises(stars.UserError, match="runs/race cannot be a new folder"), new():
+            pass
+
+def test_a_new_run_leaves_the_files_of_others_alone(folder, capsys):
+    Path("here").mkdir()
+    for name in "notes.tmp", "config.json-01234567.tmp":  # the second of a run that was killed
+        Path("here", name).write_text(name)
+    assert distil(capsys, "--out", "here")[0] == 0
+    assert [path.name for path in Path("here").glob("*.tmp")] == ["notes.tmp"]
 
 def test_ctrl_c_ends_with_the_command_that_goes_on(folder):
     process = start(*small_run("--out", "a folder"), preexec_fn=lambda: signal.signal(
@@ -3331,15 +3345,26 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder, capsys
     os.truncate(folder / "a/pool.bin", 100)
     code, _, err = run(capsys, "--resume", "a")
     assert code == 1 and "pool.bin" in err and "start a new run" in err
+    with monkeypatch.context() as patch:  # between two epochs
+        count, whole = itertools.count(), stars.symptoms
+        patch.setattr(stars, "symptoms",
+                      lambda *args: interrupt() if next(count) == 1 else whole(*args))
+        assert distil(capsys, "--out", "c")[0] == 130
+    os.truncate(folder / "c/pool.bin", 100)
+    for _ in range(3):
+        code, _, err = run(capsys, "--resume", "c")
+        assert code == 1 and "c/pool.bin is too short: start a new run" in err
     with monkeypatch.context() as patch:
         patch.setattr(stars, "VERSION", 0)
         code, _, err = run(capsys, "--resume", "b")
         patch.undo()
         assert code == 1 and f"version was {stars.VERSION}, not 0" in err
     params, info = stars.load_weights("teacher.npz")
-    stars.save_weights("teacher.npz", params | {"linear.bias": np.ones(10, "f4")}, info)
-    code, _, err = run(capsys, "--resume", "b")
-    assert code == 1 and "inputs was" in err and digest(folder / "a/student.npz") == before
+    for changed in (params | {"linear.bias": np.ones(10, "f4")}, info), (params, info | dict(
+            mean=[.1, .2, .3])):
+        stars.save_weights("teacher.npz", *changed)
+        code, _, err = run(capsys, "--resume", "b")
+        assert code == 1 and "inputs was" in err and digest(folder / "a/student.npz") == before
 
 def test_another_number_of_threads_gives_the_same_files(folder, capsys, monkeypatch):
     monkeypatch.setattr(stars, "THREADS", 1)
@@ -3398,11 +3423,13 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--mean", "1,2"], "--mean"),
     (["--teacher", "teacher.npz", "--std", "0,1,1"], "its std is 0.0,1.0,1.0"),
     (["--teacher", "teacher.npz", "--mean", "0,nan,0"], "its mean is 0.0,nan,0.0"),
-    (["--teacher", "teacher.npz", "--out", "full"], "full holds another run"),
+    (["--teacher", "teacher.npz", "--out", "full"], "full cannot be a new folder (File exists)"),
+    (["--teacher", "teacher.npz", "--out", "teacher.npz"], "teacher.npz cannot be a new folder"),
     (["--resume", "typed"], "what it says of epochs, lam, surrogate cannot be"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "3"], "--epochs 2"),
+    (["--teacher", "teacher.npz", "--epochs", "1"], "--epochs 1 must be more than --warm-up 1"),
     (["--teacher", "teacher.npz", "--epochs", "2", "--warm-up", "2", "--init", "random"],
      "--epochs 2"),
     (["--teacher", "teacher.npz", "--batch", "1"], "--batch"),
@@ -3433,7 +3460,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     params["conv9.weight"] = params.pop("conv1.weight")
     stars.save_weights("renamed.npz", params, info)
     (folder / "full").mkdir()
-    (folder / "full/config.json").write_text("{}")
+    (folder / "full/student.npz").write_text("of the user")
     (folder / "typed").mkdir()
     (folder / "typed/config.json").write_text(json.dumps(
         dict(command="distill", version=stars.VERSION, epochs="2", surrogate="x", lam=2.0)))
