@@ -1581,10 +1581,8 @@ def alone_with(file):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
+    except (ImportError, OSError) as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 @contextlib.contextmanager
