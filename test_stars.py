@@ -2986,10 +2986,13 @@ def put_npz(path, n=20, classes=10):
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
+DRAW = stars.draw
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder to run in, holding only a teacher of CIFAR-10's shape: teacher.npz."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stars, "draw", lambda *_: None)  # would take most of the time of tiny runs
     params = stars.init_weights(stars.weight_shapes("resnet8", 10, 4), np.random.default_rng(0))
     stars.save_weights("teacher.npz", params, dict(arch="resnet8", classes=10))
     return tmp_path
@@ -3047,6 +3050,15 @@ def test_a_run_leaves_its_folder_and_its_json(folder, capsys):
     assert again["seconds"] == row["seconds"] > 0
     distil(capsys)
     assert (folder / "runs/cifar10-stars-s0-2/student.npz").exists()
+
+def test_a_run_draws_its_images_and_its_losses(folder, capsys, monkeypatch):
+    image = pytest.importorskip("matplotlib.image")
+    monkeypatch.setattr(stars, "draw", DRAW)
+    assert distil(capsys, "--out", "run")[0] == 0
+    images, pool = image.imread("run/synthetic.png")[::2, ::2, :3], pool_of(folder / "run")
+    rows = [np.concatenate([*batch], 1) for batch in pool]  # of images twice as large, a batch each
+    assert np.array_equal(np.rint(255 * images), np.concatenate(rows))
+    assert image.imread("run/curves.png")[..., :3].std() > 0.01  # not blank
 
 def test_the_student_has_a_batch_of_its_own(folder, capsys, monkeypatch):
     shapes, step = [], stars.distillation_step
