@@ -1194,11 +1194,11 @@ def settle(c):
     new = SCHEDULES[c.schedule.replace("auto", auto)] | STARTS[c.init] | dict(schedule=auto, T=4)
     new["distill_batch"] = c.batch or new.get("distill_batch", new["batch"])
     new["reset_gradient"] = "yes" if c.init == "teacher" and c.T > 4 else "no"
-    asked = c.warm_up > 0
+    convert = c.init == "teacher" and c.warm_up > 0  # if asked for, the warm-up may be all
     if c.epochs:
         new["warm_up"] = min(new["warm_up"], max(1, c.epochs // 2))
     c = dataclasses.replace(c, **{k: v for k, v in new.items() if vars(c)[k] == getattr(Config, k)})
-    demand(c.warm_up < c.epochs + (c.init == "teacher" and asked),  # the teacher is only converted
+    demand(c.warm_up < c.epochs + convert,
            f"--epochs {c.epochs} must be more than --warm-up {c.warm_up}")
     demand(min(c.batch, c.distill_batch) > 1, "--batch, --distill-batch must be 2 or more")
     return c
@@ -1594,8 +1594,9 @@ def run_folder(c, command, name):
     path = f"{folder}/config.json"
     if not c.resume:
         try:
+            # an empty one will do, but for what a killed run left; two runs cannot both make one
             empty = os.path.exists(folder) and all(k.endswith(".tmp") for k in os.listdir(folder))
-            os.makedirs(folder, exist_ok=empty)  # two runs cannot both make it
+            os.makedirs(folder, exist_ok=empty)
         except OSError as error:
             raise UserError(f"{folder} cannot be a new folder ({error.strerror}): give another "
                             f"--out, or go on by {again}") from None
@@ -1652,11 +1653,11 @@ def run_distil(c):
     t, s, g = macs(teacher, size), macs(draft, size), 21 * (c.generator_width * size) ** 2
     cost = {"warm-up": 2 * t + g, "synthesis": 2 * t + 2 * s + g,
             "distillation": (t + 3 * s) * c.distill_batch / c.batch}
+    then = f" and, after {c.warm_up}, {c.distill_steps} distillation" * (c.warm_up < c.epochs)
     with run_folder(c, "distill", f"{pathlib.Path(c.dataset).stem}-{c.method}-s{c.seed}") as folder:
         tell(c, f"{info['arch']} -> spiking {arch}, T = {c.T}, started from {c.init} weights, "
                 f"method {c.method}, schedule {c.schedule} on the {device}: {c.epochs} epochs of "
-                f"{c.synthesis_steps} synthesis " + f"and, after {c.warm_up}, {c.distill_steps} "
-                "distillation " * (c.warm_up < c.epochs) + f"steps; into {folder}")
+                f"{c.synthesis_steps} synthesis{then} steps; into {folder}")
         student, agreement, pool, rows = distil(c, teacher, shapes, size, folder, cost, real)
         path = f"{folder}/student.npz"
         save_net(path, student, c, "distill", arch, classes, size=size, T=c.T,

@@ -3437,6 +3437,7 @@ FAILURES = [  # arguments, what the sentence says
     (["--teacher", "teacher.npz", "--mean", "0,nan,0"], "its mean is 0.0,nan,0.0"),
     (["--teacher", "teacher.npz", "--out", "full"], "full cannot be a new folder (File exists)"),
     (["--teacher", "teacher.npz", "--out", "teacher.npz"], "teacher.npz cannot be a new folder"),
+    (["--teacher", "teacher.npz", "--out", "."], ". cannot be a new folder (File exists)"),
     (["--resume", "typed"], "what it says of epochs, lam, surrogate cannot be"),
     (["--arch", "resnet56"], "shipped"),
     (["--resume", "none"], "none"),
@@ -3472,7 +3473,7 @@ def test_an_expected_failure_is_one_sentence(folder, capsys, monkeypatch, argv, 
     params["conv9.weight"] = params.pop("conv1.weight")
     stars.save_weights("renamed.npz", params, info)
     (folder / "full").mkdir()
-    (folder / "full/student.npz").write_text("of the user")
+    (folder / "full/config.json").write_text("{}")
     (folder / "typed").mkdir()
     (folder / "typed/config.json").write_text(json.dumps(
         dict(command="distill", version=stars.VERSION, epochs="2", surrogate="x", lam=2.0)))
