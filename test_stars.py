@@ -2189,12 +2189,17 @@ class CuPy:
         def __call__(self, grid, block, arguments):
             super().__call__(grid, block, [*map(here, arguments)])
 
+def kernels_met(monkeypatch):
+    """{code: name} of the kernels that emulated_gpu meets from now on, and does not run."""
+    seen = {}
+    monkeypatch.setattr(Kernel, "__init__", lambda self, *of: seen.update([of]))
+    monkeypatch.setattr(Kernel, "__call__", lambda *_: None)
+    return seen
+
 def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
-    seen = {}  # code -> name, of kernels that are not run here
-    monkeypatch.setattr(Kernel, "__init__", lambda self, *of: seen.update([of]))
-    monkeypatch.setattr(Kernel, "__call__", lambda *_: None)
+    seen = kernels_met(monkeypatch)
     monkeypatch.setitem(globals(), "assert_kernels_agree", lambda *_: None)
     with np.errstate(all="ignore"):  # in what they left unwritten
         for cases in kernel_cases, window_cases:
@@ -2214,6 +2219,29 @@ def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
     assert subprocess.run(["nvcc", "-w", "-fatbin", "-gencode=arch=compute_80,code=[sm_80,sm_90]",
                            "-o", tmp_path / "fatbin", path]).returncode == 0
     CLOSING.append(f"kernels: {len(alike)} compiled for sm_80 and sm_90")
+
+def test_gpu_products_stay_in_registers(monkeypatch):
+    """Of the shapes that matter, as CuPy's compiler has them, which needs no GPU: sums in local
+    memory would take four times as long."""
+    find = pytest.importorskip("cuda.pathfinder", reason="no cuda-pathfinder, nvidia-cuda-nvrtc")
+    nvrtc, seen = ctypes.CDLL(find.load_nvidia_dynamic_lib("nvrtc").abs_path), kernels_met(
+        monkeypatch)
+    with emulated_gpu(stars), np.errstate(all="ignore"):  # as above
+        for tf32, (C, K, stride) in itertools.product((0, 1), (
+                (16, 16, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 65, 1), (64, 128, 2),
+                (256, 256, 1))):
+            monkeypatch.setattr(stars, "TF32", tf32)
+            y, back = stars.gpu_conv2d(np.ones((2, 8, 8, C), "f4"), np.ones((K, C, 3, 3), "f4"),
+                                       stride)
+            back(y)
+    options = (ctypes.c_char_p * 2)(b"-arch=sm_90", b"--ptxas-options=-v")
+    for code in seen:
+        program, log = ctypes.c_void_p(), ctypes.create_string_buffer(1 << 16)
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), None, 0, None, None)
+        assert nvrtc.nvrtcCompileProgram(program, len(options), options) == 0
+        nvrtc.nvrtcGetProgramLog(program, log)
+        assert b" 0 bytes stack frame, 0 bytes spill stores" in log.value, code
+    assert len(seen) == 48
 
 @pytest.fixture
 def gpu():
@@ -2250,24 +2278,6 @@ def test_gpu_kernels_agree(gpu):
     for name, plain, ours, arrays in itertools.chain(kernel_cases(stars), window_cases(stars)):
         assert_kernels_agree(on("gpu", lambda tree: ours(*tree), [*arrays]),
                              on("cpu", lambda tree: plain(*tree), [*arrays]), name, 5e-6, 1e-9)
-
-def test_gpu_products_stay_in_registers(gpu, monkeypatch):
-    """Of the shapes that matter: sums in local memory would take four times as long."""
-    stars.use_device("gpu")
-    kernels, compiled = [], stars._compiled
-    def keep(*key):
-        kernels.append(compiled(*key))
-        return kernels[-1]
-    monkeypatch.setattr(stars, "_compiled", keep)
-    for tf32, (C, K, stride) in itertools.product((0, 1), (
-            (16, 16, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 65, 1), (64, 128, 2),
-            (256, 256, 1))):
-        monkeypatch.setattr(stars, "TF32", tf32)
-        x, w = stars.xp.ones((2, 8, 8, C), "f4"), stars.xp.ones((K, C, 3, 3), "f4")
-        y, back = stars.gpu_conv2d(x, w, stride)
-        back(y)
-    stars.use_device("cpu")
-    assert len(kernels) == 56 and not any(kernel.local_size_bytes for kernel in kernels)
 
 def test_gpu_kernels_compute_whole_steps(gpu):  # a spike that flips would show
     assert_same_norms(*(on(device, whole_steps, whole_pair()) for device in ("gpu", "cpu")))
